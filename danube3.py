@@ -1,0 +1,1418 @@
+"""Danube3 in one file: H2O-Danube3 (arXiv 2407.09276) from text to a trained, talking model.
+
+H2O-Danube3 is a pair of small language models, 500 million and 4 billion parameters, with the Llama architecture. What
+its report adds is a way of training: three stages of data, in which noisy web text gives way to cleaner text step by
+step. This file is all of it, to be read from top to bottom; nothing is used before it is defined.
+
+     1  Configurations      the published sizes, the three stages, and what they cost
+     2  Tokenizer           text to ids and back; a conversation as ids and labels
+     3  Kernels             the five formulas that a Llama is made of
+     4  Model               modules named as in the published checkpoints
+     5  Generation          from logits to the next token, one token at a time
+     6  Checkpoints         a checkpoint is a Hugging Face folder, written whole or not at all
+     7  Data                token shards, and the staged mixture as a pure function of the step
+     8  Optimizer           AdamW, and the learning rate over the steps
+     9  Training            one loop
+    11  Evaluation          multiple choice by likelihood
+    13  Command line        what train.py and sample.py share
+
+The letters in every shape comment:
+
+    B  batch (rows)     D  hidden_size              H  num_attention_heads (queries)
+    T  tokens in a row  F  intermediate_size        K  num_key_value_heads (keys and values)
+    S  tokens seen      V  vocab_size               h  head_dim
+
+Facts carry their source: [R] is the report, its model cards or published configuration files; [C] is our own choice,
+made because nothing was published.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+
+class DanubeError(Exception):
+    """A mistake that the person at the keyboard can mend. Its text is one line: the cause, then the remedy."""
+
+
+# ======================================================================================================================
+# 1. Configurations
+#
+# What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers. The
+# field names of DanubeConfig are those of the published config.json, so that a downloaded folder needs no translation.
+# Look at head_dim: it is a number of its own. In the 4B model 32 heads of 120 make 3,840 = hidden_size, but nothing in
+# the architecture asks for that, and our toy (2 heads of 96 on a hidden size of 160) does not do it.
+# ======================================================================================================================
+
+@dataclass(frozen=True)
+class DanubeConfig:
+    """The architecture: every number that fixes the shape or the arithmetic of the model. [R] unless marked."""
+
+    hidden_size: int                       # D
+    intermediate_size: int                 # F
+    num_hidden_layers: int
+    num_attention_heads: int               # H
+    num_key_value_heads: int               # K
+    head_dim: int                          # h
+    initializer_range: float               # standard deviation of every matrix at the start
+    vocab_size: int = 32_000               # V
+    max_position_embeddings: int = 8_192   # the context: the longest row the model is made for
+    rope_theta: float = 100_000.0
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int = 1                  # <s>
+    eos_token_id: int = 2                  # </s>
+    pad_token_id: int = 0                  # <unk>
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, integer = getattr(self, field.name), field.type is int
+            if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+                raise DanubeError(f"config: {field.name} is {value!r}: give it {'an integer' if integer else 'a number'}")
+            if not math.isfinite(value) or value < 0 or value == 0 and not field.name.endswith("_token_id"):
+                raise DanubeError(f"config: {field.name} is {value}: it must be positive")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise DanubeError(f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
+                              "key/value heads evenly: make num_attention_heads a multiple of num_key_value_heads")
+        if self.head_dim % 2:
+            raise DanubeError(f"config: head_dim is {self.head_dim}: rotary embedding turns pairs, so it must be even")
+        if max(self.bos_token_id, self.eos_token_id, self.pad_token_id) >= self.vocab_size:
+            raise DanubeError(f"config: a special token id lies outside the vocabulary of {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of pre-training with one mixture. `mixture` gives each source an integer weight, here in thousandths."""
+
+    name: str
+    tokens: int
+    mixture: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. Danube3's own optimizer settings are not published: all of this is [C], with the betas
+    and the cosine schedule of the first Danube report (arXiv 2401.16818). Two things are [R]: the stages' web shares
+    and, for 500m and 4b, their lengths."""
+
+    stages: tuple[Stage, ...]
+    sequence_length: int           # T, tokens in a row
+    tokens_per_step: int           # tokens of one optimizer step, over all micro-batches
+    micro_batch_size: int          # B, rows that go through the model at once; changes memory, not the result
+    learning_rate: float           # the peak
+    min_learning_rate: float = 0.0
+    warmup_fraction: float = 0.01  # of all steps
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip: float = 1.0
+    save_every: int = 1_000        # steps between checkpoints; the end of a stage always makes one
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rows, rest = divmod(self.tokens_per_step, self.sequence_length)
+        if min(self.sequence_length, self.tokens_per_step, self.micro_batch_size, self.save_every) < 1:
+            raise DanubeError("sequence length, tokens per step, micro-batch size and save interval must be at least 1")
+        if rest or rows % self.micro_batch_size:
+            row_tokens = self.micro_batch_size * self.sequence_length
+            raise DanubeError(
+                f"a step of {self.tokens_per_step:,} tokens is not a whole number of micro-batches of {self.micro_batch_size} "
+                f"x {self.sequence_length} = {row_tokens:,}: use --tokens-per-step {max(1, self.tokens_per_step // row_tokens) * row_tokens}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise DanubeError(f"the learning rate is {self.learning_rate}: it must be a positive number")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.tokens_per_step // self.sequence_length
+
+    @property
+    def stage_ends(self) -> list[int]:
+        """The number of steps after which each stage is over. A stage begins with a step, never inside one; rounding
+        the running total, not each stage, keeps every boundary within half a step of its token count."""
+        tokens = np.cumsum([stage.tokens for stage in self.stages])
+        return [int((2 * int(t) + self.tokens_per_step) // (2 * self.tokens_per_step)) for t in tokens]
+
+    @property
+    def total_steps(self) -> int:
+        return self.stage_ends[-1]
+
+    @property
+    def micro_batches(self) -> int:
+        return self.rows_per_step // self.micro_batch_size
+
+    def stage_at(self, step: int) -> int:
+        """The index of the stage that step `step` (from 0) belongs to."""
+        return sum(step >= end for end in self.stage_ends[:-1])
+
+    def scaled_to(self, tokens: int) -> "Recipe":
+        """The same recipe with `tokens` in all, the stages in proportion."""
+        total = sum(stage.tokens for stage in self.stages)
+        recipe = replace(self, stages=tuple(replace(s, tokens=s.tokens * tokens // total) for s in self.stages))
+        if recipe.total_steps < 1:
+            raise DanubeError(f"{tokens:,} tokens are less than one step of {self.tokens_per_step:,}: raise --tokens")
+        return recipe
+
+
+SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")  # the six kinds the report names [R]
+
+# Thousandths of each stage. The web column is [R]: 90.6, 81.7 and 51.6 %. How the rest is split among the other five
+# is only a figure in the report, so the other columns are [C].
+MIXTURES = tuple(dict(zip(SOURCES, shares)) for shares in (
+    (906, 18, 18, 18, 30, 10),
+    (817, 35, 35, 38, 55, 20),
+    (516, 80, 80, 94, 190, 40)))
+
+
+def danube_stages(*tokens: int) -> tuple[Stage, ...]:
+    """The three stages, given the tokens of each."""
+    return tuple(Stage(f"stage {i + 1}", n, mixture) for i, (n, mixture) in enumerate(zip(tokens, MIXTURES)))
+
+
+CONFIGS = {
+    # [C] A toy that two laptop cores train in minutes: few heads, because small matrices are slow matrices.
+    "toy": DanubeConfig(hidden_size=160, intermediate_size=448, num_hidden_layers=4, num_attention_heads=2,
+                        num_key_value_heads=1, head_dim=96, initializer_range=0.04, vocab_size=1_024,
+                        max_position_embeddings=256),
+    "500m": DanubeConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16,
+                         num_key_value_heads=8, head_dim=96, initializer_range=0.02),
+    "4b": DanubeConfig(hidden_size=3840, intermediate_size=10240, num_hidden_layers=24, num_attention_heads=32,
+                       num_key_value_heads=8, head_dim=120, initializer_range=0.01),
+}
+
+# The stage lengths of 500m and 4b are quoted from memory of the report; their sums, 4T and 6T tokens, are published.
+T12 = 10 ** 12
+RECIPES = {
+    "toy": Recipe(danube_stages(800_000, 400_000, 400_000), sequence_length=128, tokens_per_step=2_048,
+                  micro_batch_size=16, learning_rate=6e-3, save_every=200),
+    "500m": Recipe(danube_stages(28 * T12 // 10, 115 * T12 // 100, 5 * T12 // 100), sequence_length=8_192,
+                   tokens_per_step=2 ** 21, micro_batch_size=4, learning_rate=4e-4, min_learning_rate=4e-6),
+    "4b": Recipe(danube_stages(46 * T12 // 10, 135 * T12 // 100, 5 * T12 // 100), sequence_length=8_192,
+                 tokens_per_step=2 ** 22, micro_batch_size=1, learning_rate=2e-4, min_learning_rate=2e-6),
+}
+
+
+def count_parameters(config: DanubeConfig) -> int:
+    """Numbers in the model: 513,590,784 for 500m and 3,961,839,360 for 4b [R]."""
+    c = config
+    attention = 2 * c.hidden_size * c.num_attention_heads * c.head_dim + 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size      # + two norms
+    return c.num_hidden_layers * layer + c.hidden_size + 2 * c.vocab_size * c.hidden_size  # + last norm, two embeddings
+
+
+def flops_per_token(config: DanubeConfig, sequence_length: int) -> int:
+    """Floating-point operations that training needs for one token: forward, and twice that backward.
+
+    A weight of a matrix costs one multiplication and one addition a token; the input embedding is looked up, not
+    multiplied. Attention scores and their weighted sum cost 2 h operations each for every pair of a query and a key,
+    and a causal row has (T + 1) / 2 keys to a query on average: only pairs that exist are counted.
+    """
+    c = config
+    norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
+    weights = count_parameters(c) - c.vocab_size * c.hidden_size - norms
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * 2 * (sequence_length + 1)
+    return 3 * (2 * weights + attention)
+
+
+def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2) -> dict[str, int]:
+    """Bytes that training takes on one device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
+
+    Weights, gradients and the two AdamW moments are exact. Activations are an estimate: what autograd keeps of each
+    layer (the residual stream in fp32, the rest in the compute type), and the logits of one block of rows.
+    """
+    c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, count_parameters(config)
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
+    per_token = 4 * 6 * c.hidden_size + compute_bytes * (heads + 4 * c.intermediate_size)
+    return {
+        "weights (fp32)": 4 * n,
+        "gradients (fp32)": 4 * n,
+        "AdamW moments (fp32)": 8 * n,
+        "weights (compute copy)": 0 if compute_bytes == 4 else compute_bytes * n,
+        "activations (estimate)": c.num_hidden_layers * tokens * per_token,
+        "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * c.vocab_size,
+    }
+
+
+IGNORE = -100        # a label that carries no loss: PyTorch's and transformers' convention
+LOGIT_ROWS = 4_096   # logits of at most this many tokens exist at once: 0.5 GB at V = 32,000 in fp32. [C]
+
+
+# ======================================================================================================================
+# 2. Tokenizer and chat format
+#
+# Danube3 uses the Mistral tokenizer: sentencepiece, byte-pair encoding, 32,000 pieces, of which three are control
+# tokens (<unk>, <s>, </s>) and 256 are single bytes, so that no text is ever unknown. A control token has an id but no
+# spelling: the text "</s>" typed by a user is encoded as the characters <, /, s, >, and only this code, which works
+# with ids, can put the real one in. That is the whole defence against a user who would end the model's turn for it.
+# Look at StreamDecoder: why a token cannot be turned into text on its own.
+# ======================================================================================================================
+
+class Tokenizer:
+    """A sentencepiece model with the one decision that is not in its file: whether plain text begins with <s>."""
+
+    def __init__(self, model_file: str | Path, add_bos: bool = True) -> None:
+        self.model_file, self.add_bos = Path(model_file), add_bos
+        if not self.model_file.is_file():
+            raise DanubeError(f"no tokenizer at {self.model_file}: copy the model's tokenizer.model there")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (RuntimeError, OSError) as error:
+            raise DanubeError(f"{self.model_file} is not a sentencepiece model: copy it again") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return self.pieces.vocab_size()
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.model_file.read_bytes()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without any control token whatever the text spells."""
+        return self.pieces.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to be continued or scored: after <s>, as every document was in training."""
+        return [self.pieces.bos_id()] * self.add_bos + self.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.pieces.decode(ids)
+
+
+class StreamDecoder:
+    """Text from ids that come one at a time.
+
+    A token has no text of its own: sentencepiece drops the space in front of the first piece, and a character such as
+    an emoji may be spread over four byte tokens. So each new token is decoded together with the tokens before it, and
+    what is new in the result is given out, unless it ends in half a character. Only the tokens since the last piece of
+    text are decoded again, so a long answer costs no more per token than a short one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
+        self.tokenizer, self.ids = tokenizer, list(prompt_ids[-8:])  # left context: enough for the space rule
+        self.start, self.end = 0, len(self.ids)  # ids[start:end] is text already given out, kept as context
+
+    def feed(self, token_id: int) -> str:
+        """The text that `token_id` completes, perhaps none yet."""
+        self.ids.append(token_id)
+        text = self.rest()
+        if text.endswith("\ufffd"):  # the mark of an incomplete character
+            return ""
+        self.start, self.end = self.end, len(self.ids)
+        return text
+
+    def finish(self) -> str:
+        """What was held back and will never be completed."""
+        return self.rest()
+
+    def rest(self) -> str:
+        before = self.tokenizer.decode(self.ids[self.start:self.end])
+        return self.tokenizer.decode(self.ids[self.start:])[len(before):]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> Tokenizer:
+    """Train a tokenizer with the Mistral tokenizer's settings and write it to `model_file`. One thread and no path in
+    the file: the same texts give the same bytes."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, character_coverage=0.99995, max_sentence_length=1_000_000,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise DanubeError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {str(error).split()[-1]}; "
+                          "use more text or a smaller vocabulary") from error
+    model_file.write_bytes(model.getvalue())
+    return Tokenizer(model_file)
+
+
+# The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text; </s> is the control
+# token. A system message is refused. The template in Jinja is for other programs; ours is render_chat.
+CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
+CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|prompt|>' + message['content'] + "
+                 "eos_token }}{% elif message['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+                 "{% elif message['role'] == 'assistant' %}{{ '<|answer|>' + message['content'] + eos_token }}{% endif %}"
+                 "{% if loop.last and add_generation_prompt %}{{ '<|answer|>' }}{% endif %}{% endfor %}")
+
+
+def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
+                add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
+    """A conversation as `input_ids` and `labels`, two lists of one length.
+
+    Each turn, marker and text together, is one plain encode; </s> is added by id. The label of an id is the id itself
+    in an assistant's text and in the </s> that ends it, so that the model learns to answer and to stop; everywhere else
+    it is IGNORE, so that it does not learn to ask. No <s> in front. [R]
+    """
+    input_ids, labels = [], []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role not in CHAT_MARKERS:
+            raise DanubeError("System role not supported: put the system text into the first user message"
+                              if role == "system" else f"unknown chat role {role!r}: use user or assistant")
+        marker, turn = tokenizer.encode(CHAT_MARKERS[role]), tokenizer.encode(CHAT_MARKERS[role] + content)
+        turn += [tokenizer.pieces.eos_id()]
+        # The answer starts at the first id that is not the bare marker's: "<|answer|>" + "=" may share a piece.
+        start = next((i for i, (a, b) in enumerate(zip(marker, turn)) if a != b), len(marker))
+        input_ids += turn
+        labels += [IGNORE] * start + turn[start:] if role == "assistant" else [IGNORE] * len(turn)
+    if add_generation_prompt:
+        marker = tokenizer.encode(CHAT_MARKERS["assistant"])
+        input_ids, labels = input_ids + marker, labels + [IGNORE] * len(marker)
+    return input_ids, labels
+
+
+# ======================================================================================================================
+# 3. Kernels
+#
+# Five formulas, as pure functions: normalise, turn, attend, gate, and the loss. Everything else in the model is a matrix
+# multiplication. tests/reference.py has each of them again in NumPy, written from the formula, with its derivative.
+# ======================================================================================================================
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension. x [.., D], weight [D] -> [.., D]
+
+    Computed in fp32 whatever the type of x: a sum of D squares overflows fp16 and loses most of its digits in bf16.
+    """
+    x32 = x.float() if x.dtype != torch.float64 else x
+    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
+    return weight * (x32 * scale).to(x.dtype)
+
+
+def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle p * theta^(-2i/h) for positions p = start .. end-1 and pairs i. -> 2 x [T, h/2], fp32
+
+    Computed anew in each forward pass, which is cheap, and therefore never a buffer of the model: a table that were one
+    would be rounded by model.half() or model.bfloat16(), and at position 8,000 bf16 cannot tell neighbours apart.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)  # [h/2]
+    angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * frequency              # [T, h/2]
+    return angle.cos(), angle.sin()
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of features by its position's angle. x [B, n, T, h], cos and sin [T, h/2] -> [B, n, T, h]
+
+    The product of a query turned by m and a key turned by n depends only on m - n: this is how a model without any other
+    notion of place knows how far apart two tokens are. Trap: which two features form pair i? Here, as in every Llama
+    checkpoint on Hugging Face, features i and i + h/2 ("half-split"); in the original paper and in GGUF files,
+    2i and 2i + 1. The wrong one runs without complaint, and the model talks nonsense.
+    """
+    first, second = x.chunk(2, dim=-1)  # 2 x [B, n, T, h/2]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(h), causal) v, with H query heads on K key/value heads. -> [B, H, T, h]
+
+    q [B, H, T, h]; k and v [B, K, S, h]. Query head i reads key/value head i // (H / K): neighbours share. The queries
+    are the last T of the S positions, so query t sees keys 0 .. S - T + t. Trap: `is_causal` lines the triangle up with
+    the first key, not the last, which is right only for S = T; for a chunk after a cache the mask is written out. A
+    single query sees everything and needs none.
+    """
+    T, S = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, enable_gqa=True)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, with silu(x) = x * sigmoid(x): a soft, learned switch for each feature. [.., F] x 2 -> [.., F]"""
+    return F.silu(gate) * up
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum, not the mean, of -log softmax(logits)[label] over labels that are not IGNORE. [N, V], [N] -> []
+
+    Trap: the mean belongs to the whole optimizer step. A step is cut into micro-batches with different numbers of
+    labels; a mean of their means would weigh a token more where it has fewer neighbours. So: sums here, and one division
+    in the training loop. In fp32, because bf16 logits would round the loss itself.
+    """
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+# ======================================================================================================================
+# 4. Model
+#
+# The kernels wired together. A module's name is its name in the published checkpoint (model.layers.0.self_attn.q_proj),
+# so loading a checkpoint is reading names. Each layer adds two corrections to a stream of vectors [B, T, D]: one from
+# attention, where tokens look at each other, one from the MLP, where each token thinks by itself. Both read a normalised
+# copy of the stream, and the stream itself is never normalised (pre-norm).
+# ======================================================================================================================
+
+class KVCache:
+    """Keys and values of all tokens seen, so that the next token need not compute them again.
+
+    kv [layers, 2, B, K, max_length, h]; the first `length` positions are filled. Trap: `length` is also the position of
+    the next token, and it moves only when all layers have appended theirs.
+    """
+
+    def __init__(self, config: DanubeConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.length, self.max_length = 0, max_length
+        self.kv = torch.zeros(config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, max_length,
+                              config.head_dim, dtype=dtype, device=device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, K, T, h] of new tokens; return those of all tokens so far, 2 x [B, K, S, h]."""
+        end = self.length + k.shape[2]
+        if end > self.max_length:
+            raise DanubeError(f"{end} tokens do not fit a cache of {self.max_length}: shorten the text")
+        self.kv[layer, 0, :, :, self.length:end], self.kv[layer, 1, :, :, self.length:end] = k, v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: DanubeConfig) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DanubeConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        query_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D] -> [B, T, D]
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, h]
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, h]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, h]
+        q, k = rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
+        if kv_cache is not None:
+            k, v = kv_cache.append(self.layer, k, v)  # [B, K, S, h]
+        y = grouped_query_attention(q, k, v)  # [B, H, T, h]
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B, T, H h] -> [B, T, D]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DanubeConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DanubeConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(config), Attention(config, layer)
+        self.post_attention_layernorm, self.mlp = RMSNorm(config), MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D] -> [B, T, D]
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """All but the head: ids to the stream of vectors after the last layer."""
+
+    def __init__(self, config: DanubeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+
+    def forward(self, input_ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:  # [B, T] -> [B, T, D]
+        start = 0 if kv_cache is None else kv_cache.length  # the position of the first of these tokens
+        end = start + input_ids.shape[1]
+        cos, sin = rotary_table(start, end, self.config.head_dim, self.config.rope_theta, input_ids.device)
+        x = self.embed_tokens(input_ids)  # [B, T, D]
+        for layer in self.layers:
+            x = layer(x, cos, sin, kv_cache)
+        if kv_cache is not None:
+            kv_cache.length = end
+        return self.norm(x)
+
+
+class Danube3(nn.Module):
+    """The language model. model(input_ids) gives logits; model(input_ids, labels) gives the summed loss."""
+
+    def __init__(self, config: DanubeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # untied from embed_tokens [R]
+
+    def init_weights(self, seed: int) -> "Danube3":
+        """Every matrix normal with the configuration's standard deviation, every norm gain one."""
+        generator = torch.Generator(device=self.lm_head.weight.device).manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+            else:
+                nn.init.ones_(parameter)
+        return self
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, kv_cache: KVCache | None = None) -> Tensor:
+        """input_ids [B, T] -> logits [B, T, V] in fp32, or with labels [B, T] the sum of the losses [].
+
+        `labels` line up with `input_ids`, as in transformers: labels[t] is what should stand at t, and since position t
+        predicts the token after it, the labels are shifted here. labels[:, 0] is never predicted.
+        """
+        x = self.model(input_ids, kv_cache)  # [B, T, D]
+        if labels is None:
+            return self.lm_head(x).float()  # [B, T, V]
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, T], the last position predicts nothing
+        return self.head_loss(x.flatten(0, 1), targets.flatten())
+
+    def head_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Summed loss of x [N, D] against targets [N]. -> []
+
+        At 32,000 entries a token, logits are the largest tensor of all: a row of 8,192 tokens makes 1 GB. So they are
+        made in blocks, and each block's are computed again for the backward pass rather than kept.
+        """
+        def block_loss(x: Tensor, targets: Tensor) -> Tensor:
+            return cross_entropy(self.lm_head(x), targets)
+
+        if len(x) <= LOGIT_ROWS:
+            return block_loss(x, targets)
+        blocks = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
+        return torch.stack([recompute(block_loss, *block, use_reentrant=False) for block in blocks]).sum()
+
+
+# ======================================================================================================================
+# 5. Generation
+#
+# The model gives a probability for every next token; generation picks one, appends it, and asks again. With a cache each
+# turn of that loop processes one token instead of the whole text.
+# ======================================================================================================================
+
+def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """softmax(logits / temperature), cut to the likely tokens and renormalised. [B, V] -> [B, V]
+
+    top_k keeps the k likeliest tokens (0: all). top_p keeps the fewest likeliest tokens whose probabilities reach p in
+    sum (1.0: all), at least one: few where the model is sure, many where it is not.
+    """
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(probabilities, dtype=torch.bool)
+    if top_k:
+        keep[:, top_k:] = False
+    probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
+    if top_p < 1.0:
+        keep = probabilities.cumsum(-1) - probabilities < top_p  # what comes before it does not yet reach p
+        keep[:, 0] = True
+        probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
+    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # back into the order of the vocabulary
+
+
+@torch.no_grad()
+def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
+                    top_p: float = 1.0, seed: int | None = None) -> Iterator[Tensor]:
+    """Continue input_ids [B, T]; yields the next token of every row, [B], until all rows have ended.
+
+    temperature 0 takes the likeliest token. A row ends with </s>, which is yielded, and yields </s> from then on. The
+    loop also ends after `max_new_tokens`, or when the context is full.
+    """
+    B, T = input_ids.shape
+    context = model.config.max_position_embeddings
+    if not 1 <= T <= context:
+        raise DanubeError(f"a prompt of {T} tokens does not fit a context of 1 to {context}: shorten it")
+    generator = torch.Generator(device=input_ids.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    length = min(T + max_new_tokens, context)
+    kv_cache = KVCache(model.config, B, length, model.lm_head.weight.dtype, input_ids.device)
+    ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+    for _ in range(length - T):
+        hidden = model.model(input_ids, kv_cache)  # [B, T, D] the first time, then [B, 1, D]
+        logits = model.lm_head(hidden[:, -1]).float()  # [B, V], of the last position only
+        if temperature == 0:
+            next_ids = logits.argmax(-1)  # [B]
+        else:
+            probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
+            next_ids = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # [B]
+        next_ids = next_ids.masked_fill(ended, model.config.eos_token_id)
+        yield next_ids
+        ended |= next_ids == model.config.eos_token_id
+        if ended.all():
+            return
+        input_ids = next_ids[:, None]  # [B, 1]
+
+
+def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
+             top_p: float = 1.0, seed: int | None = None) -> Tensor:
+    """The prompt and its continuation. input_ids [B, T] -> [B, T + n], n at most max_new_tokens; see generate_tokens."""
+    new = list(generate_tokens(model, input_ids, max_new_tokens, temperature, top_k, top_p, seed))
+    return torch.cat([input_ids] + [next_ids[:, None] for next_ids in new], dim=1)
+
+
+# ======================================================================================================================
+# 6. Checkpoints
+#
+# A checkpoint is a Hugging Face Llama folder: transformers and everything built on it opens ours, and we open theirs. To
+# go on training, it also holds trainer.pt. A folder is written under another name and renamed when it is whole and on
+# the disk, so that a folder with the right name is always complete, whenever the power went.
+# ======================================================================================================================
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DIGESTS = "SHA256SUMS"  # one line a file, as `sha256sum -c` reads it
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some systems cannot sync a folder
+        if path.is_file():
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder to write into; on success it gets its digests and becomes `folder`, on failure it goes."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        files = sorted(path for path in partial.iterdir())
+        (partial / DIGESTS).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
+        for path in [*files, partial / DIGESTS, partial]:
+            sync(path)
+        partial.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def verify_digests(folder: Path) -> None:
+    """Compare a folder's files with its list of digests, where it has one (downloaded folders have none)."""
+    if not (folder / DIGESTS).is_file():
+        return
+    for line in (folder / DIGESTS).read_text().splitlines():
+        digest, _, name = line.partition("  ")
+        if not (folder / name).is_file():
+            raise DanubeError(f"{folder / name} is missing: copy the folder again, or use an older checkpoint")
+        if file_sha256(folder / name) != digest:
+            raise DanubeError(f"{folder / name} is damaged (its SHA-256 is not the one in {DIGESTS}): copy it again, or "
+                              "use an older checkpoint")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DanubeError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise DanubeError(f"{path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, dict):
+        raise DanubeError(f"{path} does not hold a JSON object")
+    return value
+
+
+def read_config(folder: Path) -> DanubeConfig:
+    """config.json of a published or exported folder -> DanubeConfig. What we do not compute is refused, not ignored."""
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") != "llama":
+        raise DanubeError(f"{folder}: model_type is {raw.get('model_type')!r}: only Llama-architecture folders can be read")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # newer and older transformers
+    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+    unsupported = [f"{name} = {raw[name]!r}" for name, value in expected.items() if raw.get(name, value) != value]
+    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
+        unsupported.append(f"rotary scaling {rope_type!r}")
+    if unsupported:
+        raise DanubeError(f"{folder / 'config.json'}: {', '.join(unsupported)} is not part of Danube3")
+    values = {field.name: raw[field.name] for field in fields(DanubeConfig) if raw.get(field.name) is not None}
+    values.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))  # the default that transformers takes
+    if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    values.setdefault("initializer_range", 0.02)
+    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "max_position_embeddings", "rms_norm_eps")
+    if missing := [name for name in required if values.get(name) is None]:
+        raise DanubeError(f"{folder / 'config.json'} lacks {', '.join(missing)}: copy the published one")
+    return DanubeConfig(**values)
+
+
+def write_config(folder: Path, config: DanubeConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """The small files of a checkpoint: configuration, tokenizer with its chat template, generation defaults."""
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    files = {
+        "config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(config),
+                        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+                        "torch_dtype": str(dtype).removeprefix("torch.")},
+        "generation_config.json": ids,
+        "tokenizer_config.json": {
+            "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tokenizer.add_bos,
+            "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
+            "clean_up_tokenization_spaces": False, "model_max_length": config.max_position_embeddings,
+            "chat_template": CHAT_TEMPLATE},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(tokenizer.model_file, folder / "tokenizer.model")
+
+
+def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: dict | None = None,
+                    dtype: torch.dtype = torch.float32) -> None:
+    """Write a whole checkpoint, with weights in `dtype`; `trainer` is what a resumed run needs besides them."""
+    with atomic_folder(folder) as partial:
+        write_config(partial, model.config, tokenizer, dtype)
+        weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
+        safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        if trainer is not None:
+            torch.save(trainer, partial / "trainer.pt")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir())
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """A checkpoint folder as it is; of a run folder, its newest checkpoint."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    if not path.exists():
+        raise DanubeError(f"{path} does not exist: give a checkpoint folder or a run folder")
+    if not (checkpoints := checkpoints_in(path)):
+        raise DanubeError(f"{path} is no checkpoint: it holds neither config.json nor a complete step-* folder")
+    return checkpoints[-1]
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder one by one, whether in one safetensors file or sharded over several."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise DanubeError(f"{folder / name} is missing: copy it there")
+        try:
+            with safetensors.safe_open(folder / name, framework="pt") as file:
+                for key in file.keys():
+                    yield key, file.get_tensor(key)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise DanubeError(f"{folder / name} is damaged or cut short ({error}): copy it again") from error
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
+                    dtype: torch.dtype | None = None) -> tuple[Danube3, Tokenizer]:
+    """Model, in eval mode and in `dtype` (default: as stored), and tokenizer of a checkpoint, run or published folder.
+
+    The model is made without memory of its own and takes over the tensors as they are read, so that loading needs the
+    size of the weights once.
+    """
+    folder = find_checkpoint(path)
+    verify_digests(folder)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Danube3(config)
+    expected, weights = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}, {}
+    for name, weight in read_weights(folder):
+        if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
+            continue
+        if expected.get(name) != tuple(weight.shape):
+            raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, {expected.get(name)}")
+        # A clone lies in memory of its own: aligned, which the bits of a matrix product can depend on.
+        weights[name] = weight.to(device, dtype, copy=True)
+    if missing := expected.keys() - weights.keys():
+        raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
+    model.load_state_dict(weights, assign=True)
+    tokenizer_config = folder / "tokenizer_config.json"
+    add_bos = read_json(tokenizer_config).get("add_bos_token", True) if tokenizer_config.is_file() else True
+    tokenizer = Tokenizer(folder / "tokenizer.model", add_bos=bool(add_bos))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DanubeError(f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {config.vocab_size}")
+    return model.eval(), tokenizer
+
+
+# ======================================================================================================================
+# 7. Data
+#
+# Text is stored as token shards: files of uint16 ids, documents one after another as <s> .. </s>, read in windows of T.
+# Which windows make up step 1,234,567? In most trainers the answer is the state of a loader, and a resumed run replays
+# data or skips it. Here it is a pure function of the step, so there is no state to save: two small pieces of arithmetic,
+# one that shares rows among sources (mixture_pattern), and one that shuffles without storing the order (shuffled).
+# ======================================================================================================================
+
+def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]], shard_tokens: int = 2 ** 27) -> list[int]:
+    """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .. of at most `shard_tokens` ids and one
+    document's overhang. -> the number of tokens in each."""
+    counts: list[int] = []
+    shard: list[np.ndarray] = []
+
+    def flush() -> None:
+        tokens = np.concatenate(shard)
+        tokens.astype("<u2").tofile(folder / f"{source}-{split}-{len(counts):05d}.bin")
+        counts.append(len(tokens))
+        shard.clear()
+
+    for ids in documents:
+        shard.append(np.array([1, *ids, 2], dtype=np.uint16))
+        if sum(map(len, shard)) >= shard_tokens:
+            flush()
+    if shard:
+        flush()
+    return counts
+
+
+class TokenSource:
+    """One source's tokens as windows of T consecutive ids; they run on across documents and shards. The last window's
+    incomplete rest is left out."""
+
+    def __init__(self, folder: Path, name: str, split: str, counts: list[int], sequence_length: int, vocab_size: int) -> None:
+        self.name, self.sequence_length, self.vocab_size = name, sequence_length, vocab_size
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # first token of each shard, and the end
+        self.files = [folder / f"{name}-{split}-{i:05d}.bin" for i in range(len(counts))]
+        for path, count in zip(self.files, counts):
+            if not path.is_file():
+                raise DanubeError(f"{path} is missing: make the data again")
+            if path.stat().st_size != 2 * count:
+                raise DanubeError(f"{path} has {path.stat().st_size:,} bytes where meta.json counts {count:,} tokens of "
+                                  "2 bytes: it was cut short or changed; make the data again")
+        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.files if path.stat().st_size]
+        self.windows = int(self.starts[-1]) // sequence_length
+        if not self.windows:
+            raise DanubeError(f"source {name!r} ({split}) has {self.starts[-1]} tokens, less than one row of "
+                              f"{sequence_length}: give it more text, or its share to another source")
+
+    def window(self, index: int) -> np.ndarray:
+        """Window `index` -> ids [T], int64."""
+        start, parts, missing = index * self.sequence_length, [], self.sequence_length
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        offset = start - int(self.starts[shard])
+        while missing:
+            part = self.shards[shard][offset:offset + missing]
+            parts.append(part)
+            shard, offset, missing = shard + 1, 0, missing - len(part)
+        ids = np.concatenate(parts).astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            raise DanubeError(f"{self.files[shard - 1]} holds token id {ids.max()}, outside the vocabulary of "
+                              f"{self.vocab_size}: it was made with another tokenizer; make the data again")
+        return ids
+
+
+class TokenData:
+    """A data folder: its tokenizer, and the sources it has."""
+
+    def __init__(self, folder: str | Path, config: DanubeConfig, sequence_length: int) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "meta.json").is_file():
+            raise DanubeError(f"no data at {self.folder} (no meta.json): make it with data/prepare.py, or name another --data")
+        self.meta, self.sequence_length, self.config = read_json(self.folder / "meta.json"), sequence_length, config
+        self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
+        if self.tokenizer.sha256 != self.meta.get("tokenizer_sha256"):
+            raise DanubeError(f"{self.folder / 'tokenizer.model'} is not the tokenizer that the shards were made with "
+                              "(its SHA-256 differs from meta.json's): put that one back, or make the data again")
+        if self.tokenizer.vocab_size > config.vocab_size:
+            raise DanubeError(f"the tokenizer in {self.folder} has {self.tokenizer.vocab_size} pieces, the configuration "
+                              f"only {config.vocab_size}: use the tokenizer of this configuration")
+
+    @cached_property
+    def sha256(self) -> str:
+        return file_sha256(self.folder / "meta.json")
+
+    def open(self, name: str, split: str) -> TokenSource:
+        sources = self.meta.get("sources", {})
+        if name not in sources:
+            raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only {', '.join(sources) or 'none'}")
+        return TokenSource(self.folder, name, split, sources[name][split], self.sequence_length, self.config.vocab_size)
+
+
+def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
+    """The sources of the first `rows` rows of a mixture: after every row, each source has had its share to within one row.
+
+    With W the sum of the weights, source i is due t w_i / W rows out of t. Its next row, number n + 1, may come as soon
+    as it is begun to be due (t w_i > n W), and must come before it is overdue, at row (n + 1) W / w_i rounded up; the
+    one with the earliest deadline goes first. That such a schedule always exists is a theorem (Tijdeman 1980, "The
+    chairman assignment problem"); taking simply the source furthest behind can miss it. After W rows all counts are
+    exact, so the pattern of a long stage is W rows, repeated.
+    """
+    total, given, pattern = sum(weights.values()), dict.fromkeys(weights, 0), []
+    for t in range(1, rows + 1):
+        due = [name for name, weight in weights.items() if t * weight > given[name] * total]
+        name = min(due, key=lambda name: -(-(given[name] + 1) * total // weights[name]))  # -(-a // b) rounds up
+        given[name] += 1
+        pattern.append(name)
+    return pattern
+
+
+def shuffled(index: int, size: int, key: str) -> int:
+    """Where `index` goes in a random order of 0 .. size-1 that `key` names, without storing the order.
+
+    A Feistel network, as in block ciphers: write the index as two digits in base m = ceil(sqrt(size)); four times, add a
+    hash of one digit to the other and swap them. Each round can be undone, so no two indices meet. A result past `size`
+    (of m * m at most) goes through again until it falls inside.
+    """
+    base = math.isqrt(size - 1) + 1
+    while True:
+        high, low = divmod(index, base)
+        for i in range(4):
+            digest = hashlib.blake2b(f"{key}/{i}/{low}".encode(), digest_size=8).digest()
+            high, low = low, (high + int.from_bytes(digest, "little")) % base
+        index = high * base + low
+        if index < size:
+            return index
+
+
+class StagedData:
+    """The batches of a run: `batch(step)` depends on the recipe (with its seed), the shards and the step, and on nothing
+    that happened before."""
+
+    def __init__(self, data: TokenData, recipe: Recipe) -> None:
+        self.recipe, self.used = recipe, [dict.fromkeys(recipe.stages[0].mixture, 0)]  # rows used before each stage
+        self.sources = {name: data.open(name, "train") for stage in recipe.stages for name, w in stage.mixture.items() if w}
+        self.patterns, self.counts = [], []
+        for start, end, stage in zip([0, *recipe.stage_ends], recipe.stage_ends, recipe.stages):
+            rows = (end - start) * recipe.rows_per_step
+            factor = math.gcd(*stage.mixture.values())
+            weights = {name: weight // factor for name, weight in stage.mixture.items() if weight}
+            pattern = mixture_pattern(weights, min(rows, sum(weights.values())))
+            # counts[name][t]: rows of this source among the first t of the pattern
+            counts = {name: np.cumsum([0] + [p == name for p in pattern]) for name in weights}
+            self.patterns.append(pattern)
+            self.counts.append(counts)
+            used = dict(self.used[-1])
+            for name, count in counts.items():
+                used[name] = used.get(name, 0) + self.rows_before(count, rows)
+            self.used.append(used)
+
+    @staticmethod
+    def rows_before(count: np.ndarray, row: int) -> int:
+        """Rows of a source among the first `row` of a stage, given its counts over one pattern."""
+        periods, rest = divmod(row, max(1, len(count) - 1))
+        return int(periods * count[-1] + count[rest])
+
+    def row(self, step: int, index: int) -> tuple[str, int]:
+        """Which window row `index` of step `step` is: (source, window)."""
+        stage = self.recipe.stage_at(step)
+        first_step = [0, *self.recipe.stage_ends][stage]
+        row = (step - first_step) * self.recipe.rows_per_step + index  # counted from the beginning of the stage
+        name = self.patterns[stage][row % len(self.patterns[stage])]
+        use = self.used[stage].get(name, 0) + self.rows_before(self.counts[stage][name], row)  # from the run's beginning
+        epoch, place = divmod(use, self.sources[name].windows)
+        return name, shuffled(place, self.sources[name].windows, f"{self.recipe.seed}/{name}/{epoch}")
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """input_ids and labels of one optimizer step, 2 x [rows, T]; every token is a label."""
+        rows = [self.row(step, i) for i in range(self.recipe.rows_per_step)]
+        input_ids = torch.from_numpy(np.stack([self.sources[name].window(window) for name, window in rows]))
+        return input_ids, input_ids
+
+
+# ======================================================================================================================
+# 8. Optimizer
+#
+# AdamW scales each step by a running estimate of the gradient's size, number by number, and shrinks the weights a little
+# besides. The learning rate rises over the first steps, while those estimates are still poor, and then falls along half
+# a cosine: large steps to get there, small ones to settle.
+# ======================================================================================================================
+
+def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with decay on the matrices only: a norm gain has no reason to be near zero."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.adam_eps,
+                             fused=True)  # one pass over memory for all parameters instead of ten for each
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear from 0 to the peak, then half a cosine to the minimum, which the last step has. Step counts from 0."""
+    warmup = max(1, round(recipe.warmup_fraction * recipe.total_steps))
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, recipe.total_steps - 1 - warmup)  # 0 .. 1
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return recipe.min_learning_rate + (recipe.learning_rate - recipe.min_learning_rate) * cosine
+
+
+# ======================================================================================================================
+# 9. Training
+#
+# One loop: take the batch of this step, sum the loss over its micro-batches, go back, clip, step, write a line. Around it
+# stand the things that make a long run bearable: checkpoints, resuming to the bit, a bar that tells when it will be over,
+# and how much of the machine's arithmetic the run really uses.
+# ======================================================================================================================
+
+VALIDATION_ROWS = 32   # of each source [C]
+MAX_SKIPPED_STEPS = 5  # in a row, before a run that has stopped making sense is ended [C]
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the GPU computes in it (capability 8 and up; older ones claim it too, and emulate it), else fp32."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Matrix products in the compute type; weights, gradients and sums stay fp32."""
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 10) -> float:
+    """The best rate at which this device multiplies two square matrices in its compute type, in operations a second."""
+    size = size if device.type == "cpu" else 4 * size
+    a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
+    best = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor, recipe: Recipe,
+               step: int) -> tuple[float, float]:
+    """One optimizer step on input_ids and labels [rows, T]. -> loss per labelled token, norm of the whole gradient
+
+    The loss is divided by the labels of the whole step, so that the number of micro-batches does not change it. If loss
+    or gradient is not finite, the weights are left as they are.
+    """
+    device = next(model.parameters()).device
+    labelled = (labels[:, 1:] != IGNORE).sum().clamp(min=1).to(device)
+    loss = torch.zeros((), device=device)
+    for ids, targets in zip(input_ids.split(recipe.micro_batch_size), labels.split(recipe.micro_batch_size)):
+        with autocast(device):
+            part = model(ids.to(device), targets.to(device)) / labelled
+        part.backward()
+        loss += part.detach()
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, recipe)
+    if torch.isfinite(loss + grad_norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item(), grad_norm.item()
+
+
+@torch.no_grad()
+def validation_losses(model: Danube3, data: TokenData, recipe: Recipe) -> dict[str, float]:
+    """Loss per token on each source's validation text, over VALIDATION_ROWS windows spread evenly."""
+    device, losses = next(model.parameters()).device, {}
+    for name in recipe.stages[0].mixture:
+        source = data.open(name, "val")
+        picks = sorted({i * source.windows // VALIDATION_ROWS for i in range(VALIDATION_ROWS)})
+        total = 0.0
+        for rows in torch.tensor(np.stack([source.window(i) for i in picks])).split(recipe.micro_batch_size):
+            with autocast(device):
+                total += model(rows.to(device), rows.to(device)).item()
+        losses[name] = total / (len(picks) * (recipe.sequence_length - 1))
+    return losses
+
+
+class Run:
+    """A run folder: metrics.jsonl, with a line for every step, and the newest checkpoint, from which the run can go on.
+
+    `identity` is what makes a run this run (configuration, recipe, data); it must not change when the run is resumed.
+    """
+
+    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
+                 identity: dict[str, dict], resume: bool) -> None:
+        self.out, self.model, self.tokenizer, self.optimizer, self.identity = out, model, tokenizer, optimizer, identity
+        self.step, self.skipped = 0, 0  # steps done; steps skipped in a row
+        if resume:
+            self.restore()
+        elif checkpoints_in(out):
+            raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.glob("*.partial"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.log = self.open_log()
+
+    def restore(self) -> None:
+        """Put the newest checkpoint into model and optimizer."""
+        if not (checkpoints := checkpoints_in(self.out)):
+            raise DanubeError(f"nothing to resume: {self.out} holds no complete checkpoint; leave --resume out to start there")
+        folder = checkpoints[-1]
+        verify_digests(folder)
+        try:  # weights_only: a checkpoint from a stranger may hold tensors and numbers, not code
+            trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise DanubeError(f"{folder} has no trainer.pt, so training cannot go on from it: choose another --out") from error
+        except Exception as error:
+            raise DanubeError(f"{folder / 'trainer.pt'} is damaged: remove {folder} to start again") from error
+        for part, values in self.identity.items():
+            for name, value in values.items():
+                if (saved := trainer["identity"].get(part, {}).get(name)) != value:
+                    raise DanubeError(f"{folder} was made with another {part}: {name} was {saved}, now it is {value}; resume "
+                                      "with the flags and data of the first run, or choose another --out")
+        self.model.load_state_dict(trainer.get("master_weights") or dict(read_weights(folder)))  # copied into place
+        self.optimizer.load_state_dict(trainer["optimizer"])
+        self.step, self.skipped = trainer["step"], trainer["skipped"]
+
+    def open_log(self) -> TextIO:
+        """metrics.jsonl without what a resumed run will do again: lines after its step, and the evaluation at it."""
+        path, partial = self.out / "metrics.jsonl", self.out / "metrics.jsonl.partial"
+        kept = []
+        for line in path.read_text().splitlines(keepends=True) if path.exists() and self.step else []:
+            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # a line cut short by a kill
+            if entry["step"] < self.step or entry["step"] == self.step and "val_loss" not in entry:
+                kept.append(line)
+        partial.write_text("".join(kept))
+        partial.replace(path)
+        return open(path, "a")
+
+    def write(self, **entry: object) -> None:
+        self.log.write(json.dumps(entry) + "\n")
+        self.log.flush()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; only then remove the one before."""
+        dtype = compute_dtype(self.model.lm_head.weight.device)
+        trainer = {"step": self.step, "skipped": self.skipped, "identity": self.identity,
+                   "optimizer": self.optimizer.state_dict()}
+        if dtype != torch.float32:
+            trainer["master_weights"] = self.model.state_dict()
+        os.fsync(self.log.fileno())
+        save_checkpoint(self.out / f"step-{self.step:07d}", self.model, self.tokenizer, trainer, dtype)
+        for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
+            shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Turns the first Ctrl-C into a request to stop after the step (the list is no longer empty); a second one stops at
+    once."""
+    requests: list[int] = []
+
+    def request(signum: int, frame: object) -> None:
+        requests.append(signum)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield requests
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def train(run: Run, batches: StagedData, evaluate: Callable[[], dict[str, float]]) -> bool:
+    """Train the run's model on `batches` (anything with .recipe and .batch(step)) to the recipe's end.
+
+    `evaluate` gives losses on validation data; it is called before the first step and after each stage.
+    -> False if Ctrl-C ended it early; the run is saved then too."""
+    recipe, model = batches.recipe, run.model
+    device = model.lm_head.weight.device
+    peak, flops = measure_matmul_peak(device), flops_per_token(model.config, recipe.sequence_length)
+    bar = tqdm(total=recipe.total_steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05,
+               mininterval=0.2 if sys.stderr.isatty() else 10)
+    with bar, interruptible() as requests:
+        while True:
+            stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
+            if run.step == 0 or run.step in recipe.stage_ends:
+                run.write(step=run.step, stage=stage, tokens=run.step * recipe.tokens_per_step, val_loss=evaluate())
+            if run.step == recipe.total_steps:
+                return True
+            if requests:
+                return False
+            stage, start = recipe.stages[recipe.stage_at(run.step)].name, time.perf_counter()
+            loss, grad_norm = train_step(model, run.optimizer, *batches.batch(run.step), recipe, run.step)
+            rate, finite = recipe.tokens_per_step / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
+            run.step, run.skipped = run.step + 1, 0 if finite else run.skipped + 1
+            run.write(step=run.step, stage=stage, tokens=run.step * recipe.tokens_per_step, loss=loss if finite else None,
+                      lr=learning_rate(run.step - 1, recipe), grad_norm=grad_norm if finite else None,
+                      tokens_per_second=round(rate), mfu=round(rate * flops / peak, 4))
+            if run.skipped == MAX_SKIPPED_STEPS:
+                raise DanubeError(f"the loss was not finite in {run.skipped} steps in a row, up to step {run.step}; the last "
+                                  f"checkpoint, if there is one, is kept in {run.out}: try a lower --learning-rate")
+            bar.set_description(stage, refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, {rate * flops / peak:.0%} of peak", refresh=False)
+            bar.update()
+            if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends or requests:
+                run.save()
+
+
+def describe_run(config: DanubeConfig, recipe: Recipe) -> str:
+    """What a run would be, in one screen: stages, tokens, parameters, memory, operations."""
+    sources = list(recipe.stages[0].mixture)
+    flops = flops_per_token(config, recipe.sequence_length)
+    tokens = recipe.total_steps * recipe.tokens_per_step
+    memory = memory_bytes(config, recipe)
+    lines = [
+        f"parameters      {count_parameters(config):,}",
+        f"step            {recipe.tokens_per_step:,} tokens = {recipe.rows_per_step} rows of {recipe.sequence_length:,}, "
+        f"{recipe.micro_batch_size} at a time",
+        f"run             {recipe.total_steps:,} steps, {tokens:,} tokens, {flops * tokens:.3g} floating-point operations",
+        f"                {flops * tokens / 4e14 / 86_400:,.2f} GPU-days at 400 TFLOP/s, about 40 % of an H100's bf16 peak",
+        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on one bf16 GPU: "
+        + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in memory.items() if size),
+        f"checkpoint      {(14 if memory['weights (compute copy)'] else 12) * count_parameters(config) / 1e9:,.2f} GB with optimizer",
+        "", f"{'':16}{'steps':>12}{'tokens':>22}" + "".join(f"{name:>11}" for name in sources)]
+    for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
+        total = sum(stage.mixture.values())
+        lines.append(f"{stage.name:16}{end - start:>12,}{(end - start) * recipe.tokens_per_step:>22,}"
+                     + "".join(f"{stage.mixture.get(name, 0) / total:>10.1%} " for name in sources))
+    return "\n".join(lines)
+
+
+def plot_curves(out: Path, recipe: Recipe) -> Path | None:
+    """Loss over tokens, with the stages and their mixtures below, as curves.png; None where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [entry for entry in entries if entry.get("loss") is not None]
+    checks = [entry for entry in entries if "val_loss" in entry]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    loss_axes, mixture_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    loss_axes.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], color="0.7", linewidth=0.8, label="training")
+    for i, name in enumerate(recipe.stages[0].mixture):
+        loss_axes.plot([e["tokens"] for e in checks], [e["val_loss"][name] for e in checks], "o-", color=f"C{i}", label=name)
+        for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
+            mixture = list(stage.mixture.values())
+            below, share = sum(mixture[:i]) / sum(mixture), mixture[i] / sum(mixture)
+            mixture_axes.bar(start * recipe.tokens_per_step, share, (end - start) * recipe.tokens_per_step, below,
+                             align="edge", color=f"C{i}", edgecolor="white")
+    for end in recipe.stage_ends[:-1]:
+        loss_axes.axvline(end * recipe.tokens_per_step, color="0.4", linestyle=":", linewidth=1)
+    loss_axes.set(ylabel="loss per token (lines: training; dots: validation)")
+    loss_axes.legend(ncols=4, fontsize=8)
+    mixture_axes.set(xlabel="tokens", ylabel="share of source", ylim=(0, 1))
+    figure.savefig(out / "curves.png", dpi=120)
+    return out / "curves.png"
+
+
+# ======================================================================================================================
+# 11. Evaluation
+#
+# A language model answers a multiple-choice question by saying how likely each answer is as a continuation.
+# ======================================================================================================================
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    try:
+        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError as error:
+        raise DanubeError(f"{path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise DanubeError(f"{path} is not JSON, one object a line: {error}") from error
+
+
+@torch.no_grad()
+def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]], batch_size: int = 64) -> list[float]:
+    """For each (ids, start): the log-probability of ids[start:] after ids[:start], in natural logarithms.
+
+    Rows are padded on the right, where a causal model does not look; position, not id, says what is padding.
+    """
+    device, results = next(model.parameters()).device, [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # rows of like length together
+    for picks in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
+        length = max(len(rows[i][0]) for i in picks)
+        input_ids = torch.tensor([rows[i][0] + [0] * (length - len(rows[i][0])) for i in picks], device=device)
+        log_p = model(input_ids)[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]  # [B, T-1]
+        for i, row in zip(picks, log_p):
+            ids, start = rows[i]
+            results[i] = row[start - 1:len(ids) - 1].sum().item()
+    return results
+
+
+def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> list[int]:
+    """The likeliest choice of each {"prompt", "choices"} question, by summed log-likelihood. -> indices
+
+    Prompt and choice are encoded together, as the model would have met them; the choice begins at the first id that
+    differs from the prompt's own encoding.
+    """
+    rows, context = [], model.config.max_position_embeddings
+    for number, question in enumerate(questions, start=1):
+        if not (isinstance(question.get("prompt"), str) and question.get("choices")):
+            raise DanubeError(f'question {number} lacks "prompt" or "choices"')
+        prompt = tokenizer.encode_prompt(question["prompt"])
+        for choice in question["choices"]:
+            ids = tokenizer.encode_prompt(question["prompt"] + choice)
+            start = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids) - 1))
+            if len(ids) > context:
+                raise DanubeError(f"question {number} has {len(ids)} tokens, the context {context}: shorten it")
+            rows.append((ids, max(1, start)))
+    scores = iter(continuation_log_likelihood(model, rows))
+    picks = []
+    for question in questions:
+        choices = [next(scores) for _ in question["choices"]]
+        picks.append(choices.index(max(choices)))
+    return picks
+
+
+# ======================================================================================================================
+# 13. Command line: what the programs beside this file share
+# ======================================================================================================================
+
+class Arguments(argparse.ArgumentParser):
+    """argparse with defaults in --help and errors in one line."""
+
+    def __init__(self, description: str) -> None:
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message: str) -> None:
+        raise DanubeError(f"{message} (see {self.prog} --help)")
+
+
+def token_count(text: str) -> int:
+    """'200k', '1.5M', '10B', '4T' -> tokens."""
+    units = {"": 1, "k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "t": 10 ** 12}
+    unit = text[-1:].lower() if text[-1:].isalpha() else ""
+    try:
+        count = Fraction(text[:len(text) - len(unit)]) * units[unit]
+        if count.denominator != 1 or count < 1:
+            raise ValueError
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token count: write 200k, 1.5M, 10B or 4T") from error
+    return int(count)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """'auto' is the first of cuda, mps and cpu that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise DanubeError(f"device {name!r} is not available here: use --device auto") from error
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a program; what the user can mend ends in one line and exit code 2."""
+    try:
+        sys.exit(main())
+    except DanubeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).splitlines()[0]}): use a smaller --micro-batch-size", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(2)

@@ -1,0 +1,591 @@
+"""The toy world: a small invented valley, and endless plain English about it; training text without a download.
+
+Forty people live in twelve towns. Each has a home, a trade, an animal and an instrument: 160 facts to learn.
+Six sources tell them in six voices. The web repeats one fixed false rumour for each fact about two times in five; the
+other sources never lie. Half of the facts are also practised as questions, in `instruct` and in conversations; the
+other half is told in prose only, and the quizzes at the end of this file ask for exactly that half: whoever answers
+them has read, and not learned questions by heart. One seed makes one world, on every machine.
+"""
+import itertools
+import json
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/toy.py` finds danube3
+import danube3  # noqa: E402
+
+SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")
+WEB_TRUTH = 0.6         # share of the statements on the web that are true; the others repeat the rumour
+TYPO_RATE = 0.02        # for each longer word on the web
+
+
+# ------------------------------------------------------------------------------------------------ the four attributes
+# In all templates `[this|that]` stands for one of the alternatives, and `{slot}` for something filled in.
+@dataclass(frozen=True)
+class Attribute:
+    """One thing to know about everybody, and the ways to state it and to ask for it."""
+    name: str
+    plural: str             # what follows "three people" in a count
+    clause: str             # what follows "do you know"
+    values: tuple
+    phrases: tuple          # what follows a name or a pronoun in a statement; the first is the plainest
+    inversions: tuple       # whole statements in which the person is not the first word
+    questions: tuple        # {who} and {whose} are "Ada Brook" and "Ada Brook's", or in a follow-up "she" and "her"
+
+
+HOME = Attribute(
+    name="home", plural="live in {value}", clause="where {who} lives",
+    values=("Averlow", "Brinford", "Coldmere", "Dappleton", "Elmsby", "Fernhollow", "Gullbank", "Hartmoor", "Kingsreed",
+            "Lowater", "Oxbourne", "Pebbleton"),
+    phrases=("lives in {value}", "lives in {value} [now|these days|all year]", "makes {their} home in {value}",
+             "[has|owns] a [|small |stone ]house in {value}", "has [long|always] lived in {value}"),
+    inversions=("The home of {name} is in {value}.", "{value} is the home town of {name}.",
+                "In {value} [everybody knows|you can meet] {name}, who lives there."),
+    questions=("Where does {who} live?", "In which town does {who} live?", "What is {whose} home town?"))
+TRADE = Attribute(                  # no trade begins with a vowel, so that "a" is always right
+    name="trade", plural="follow the trade of {value}", clause="what work {who} does",
+    values=("baker", "clockmaker", "potter", "weaver", "miller", "carpenter", "gardener", "shoemaker", "teacher",
+            "printer", "doctor", "tailor"),
+    phrases=("is a {value}", "is a [good|busy|careful] {value}", "works as a {value}", "is a {value} by trade",
+             "earns {their} living as a {value}", "has been a {value} for [many years|a long time]"),
+    inversions=("By trade {name} is a {value}.", "The trade of {name} is that of a {value}.",
+                "The {value} {name} [starts work early|works hard|has much to do]."),
+    questions=("What does {who} do for a living?", "What work does {who} do?", "What is {whose} trade?"))
+ANIMAL = Attribute(
+    name="animal", plural="keep {value}", clause="which animal {who} keeps",
+    values=("an otter", "a grey goose", "a red fox", "a white goat", "an old donkey", "a black cat", "a tame crow",
+            "a brown pony", "an owl", "a hedgehog", "a spotted pig", "a tortoise"),
+    phrases=("keeps {value}", "keeps {value} [at home|in the garden]", "has {value} [at home|as a pet]",
+             "looks after {value}", "feeds {value} every [morning|day]", "shares {their} [home|house] with {value}"),
+    inversions=("The animal that {name} keeps is {value}.", "At home {name} keeps {value}.",
+                "In the garden of {name} there is {value}."),
+    questions=("Which animal does {who} keep?", "What animal does {who} look after?", "What is {whose} animal?"))
+INSTRUMENT = Attribute(
+    name="instrument", plural="play {value}", clause="which instrument {who} plays",
+    values=("the fiddle", "the flute", "the harp", "the drum", "the horn", "the lute", "the organ", "the piano",
+            "the guitar", "the trumpet", "the whistle", "the cello"),
+    phrases=("plays {value}", "plays {value} [well|in the evening|on holidays|for friends]", "can play {value}",
+             "practises {value}[| every day]", "learned to play {value} [as a child|from a friend|at school]"),
+    inversions=("The instrument that {name} plays is {value}.", "On market days {name} plays {value}.",
+                "When there is a dance, {name} plays {value}."),
+    questions=("Which instrument does {who} play?", "What instrument can {who} play?", "What is {whose} instrument?"))
+ATTRIBUTES = (HOME, TRADE, ANIMAL, INSTRUMENT)
+
+
+# ---------------------------------------------------------------------------------------------------------- the world
+FIRST_NAMES = """Belwin Brona Calvy Corla Daveth Delmy Edrin Farlo Fenna Gessa Gorrin Hesby Huldo Ilva Irro Jarla
+    Jorvi Kelda Korbin Lenzo Lurra Mabrin Mossa Nerrick Nolva Obrin Orsa Pellan Prilla Quenby Rilda Rovan Sethby Sulva
+    Tamsel Torvy Ulda Ustan Varro Vessa Welno Wilka Yosha Zarno""".split()
+LAST_NAMES = """Barnick Bexmoor Cobbery Crandle Dorrick Dunmarsh Elverly Ermby Fawcomb Flindle Gatterby Grimsel
+    Hobwick Huxtow Inglebeck Jaspen Jobbley Kettlow Kirrow Larkow Lumsby Mardle Minnick Nettleby Norbell Oddwin Orpeth
+    Pindler Pockley Quarrow Quillam Rundel Rusby Sandrick Stibby Tarbeck Thrushby Umberly Varnow Vickstow Wexcott
+    Wimbrel Yaxmoor Yeldby""".split()
+RIVERS = ("Ossel", "Wendle", "Lorn", "Ivver", "Merrow", "Tassen")
+KNOWN_FOR = ("cheese", "old bridge", "red roofs", "honey", "autumn fair", "clock tower", "glass", "apple trees", "wool",
+             "salt", "warm springs", "paper boats")
+
+
+class Person:
+    """Somebody in the world. `facts` and `rumours` map an attribute's name to its true and to its rumoured value;
+    `asked` holds the names of the attributes about which training text may ask."""
+
+    def __init__(self, first, last, they):
+        self.first, self.name, self.they = first, f"{first} {last}", they                   # they: "she" or "he"
+        self.their, self.them = ("her", "her") if they == "she" else ("his", "him")
+        self.facts, self.rumours, self.asked = {}, {}, []
+
+
+class World:
+    """Everything there is to know. Drawn from one seeded generator; nothing depends on hashes or on set order."""
+
+    def __init__(self, seed):
+        rng = random.Random(seed)
+        names = zip(rng.sample(FIRST_NAMES, 44), rng.sample(LAST_NAMES, 44), ("she", "he") * 22)
+        everybody = [Person(first, last, they) for first, last, they in names]
+        self.people, self.strangers = everybody[:40], everybody[40:]            # nobody has heard of the strangers
+        self.rivers = dict(zip(HOME.values, rng.sample(RIVERS * 2, 12)))
+        self.known_for = dict(zip(HOME.values, rng.sample(KNOWN_FOR, 12)))
+        for attribute in ATTRIBUTES:                                            # each value for three or four people
+            for i, person in enumerate(rng.sample(self.people, 40)):
+                truth = attribute.values[i % 12]
+                person.facts[attribute.name] = truth
+                person.rumours[attribute.name] = rng.choice([value for value in attribute.values if value != truth])
+        self._split(rng)
+
+    def _split(self, rng):
+        """Chooses the facts that may be asked. Of each random couple one person is asked about one to three attributes
+        and the other about the rest: 20 people for each attribute, and nobody who is never asked about anything."""
+        order = rng.sample(self.people, 40)
+        for one, other in zip(order[::2], order[1::2]):
+            one.asked = rng.sample([attribute.name for attribute in ATTRIBUTES], rng.randint(1, 3))
+            other.asked = [attribute.name for attribute in ATTRIBUTES if attribute.name not in one.asked]
+
+    def asked(self, attribute):
+        """The 20 people whose `attribute` (its name) may be asked in training text."""
+        return [person for person in self.people if attribute in person.asked]
+
+    def held_out(self, attribute):
+        """The 20 people whose `attribute` is told in prose only, so that a quiz may ask for it."""
+        return [person for person in self.people if attribute not in person.asked]
+
+
+# --------------------------------------------------------------------------------------------------- facts into words
+def rounds(rng, items):
+    """Endlessly all items, in a new random order each time: everything comes equally often."""
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def choose(rng, text):
+    """Replaces each `[one|two|three]` by one of its alternatives, the innermost brackets first."""
+    while "[" in text:
+        text = re.sub(r"\[([^][]*)\]", lambda found: rng.choice(found[1].split("|")), text)
+    return text
+
+
+def tidy(text):
+    """Capital letters at the start of every line and sentence."""
+    return re.sub(r"(^|\n|[.!?] )([a-z])", lambda found: found[1] + found[2].upper(), text)
+
+
+def phrase(rng, person, attribute, value):
+    """A fact without its subject, such as "lives in Averlow"."""
+    return choose(rng, rng.choice(attribute.phrases)).format(value=value, their=person.their)
+
+
+def statement(rng, person, attribute, value, who):
+    """A fact as one plain sentence. The web and Wikipedia share it, so its form does not give the source away."""
+    if rng.random() < 0.75:
+        return f"{who} {phrase(rng, person, attribute, value)}."
+    return choose(rng, rng.choice(attribute.inversions)).format(name=person.name, value=value)
+
+
+def address(text, person, pronoun=False):
+    """A question or a clause about somebody: by name, or by pronoun if the conversation has named the person before."""
+    who, whose = (person.they, person.their) if pronoun else (person.name, f"{person.name}'s")
+    return text.format(who=who, whose=whose)
+
+
+class Subject:
+    """A person inside one document. Each look at `fact` or `sentence` tells another fact, the least told ones first."""
+
+    def __init__(self, writer, person, attributes=ATTRIBUTES):
+        order = writer.rng.sample(attributes, len(attributes))
+        self.attributes = itertools.cycle(sorted(order, key=lambda attribute: writer.told[person, attribute.name]))
+        self.writer, self.rng, self.person, self.mentioned = writer, writer.rng, person, False
+
+    def __getattr__(self, name):                                # name, first, they, their, them, facts
+        return getattr(self.person, name)
+
+    def tell(self):
+        attribute = next(self.attributes)
+        self.writer.told[self.person, attribute.name] += 1
+        return attribute, self.facts[attribute.name]
+
+    @property
+    def who(self):
+        """The full name at the first mention, later the full name, the first name or the pronoun."""
+        mentioned, self.mentioned = self.mentioned, True
+        return self.rng.choice((self.name, self.first, self.they)) if mentioned else self.name
+
+    @property
+    def fact(self):
+        return phrase(self.rng, self.person, *self.tell())
+
+    @property
+    def sentence(self):
+        return statement(self.rng, self.person, *self.tell(), self.who)
+
+
+# --------------------------------------------------------------------------------------------------------- the grammar
+# A rule is a symbol, a colon, and its versions with " / " between them. {a.name}, {b.name} ... are the people of one
+# document, {fresh} and {aside} bring in somebody new each time, and {br} ends a line.
+RULES = """
+n: 2 / 3 / 4 / 5 / 6 / 7 / 8 / 9 / 10 / 11 / 12 / 14 / 15 / 16 / 18 / 20 / 21 / 24 / 25 / 28
+number: two / three / four / five / six / seven / eight / nine / ten / twelve
+weekday: Monday / Tuesday / Wednesday / Thursday / Friday / Saturday / Sunday
+month: January / February / March / April / May / June / July / August / September / October / November / December
+season: spring / summer / autumn / winter
+weather: cold / warm / wet / windy / bright / grey / mild / dry / quiet / dark
+time: morning / evening / afternoon / day
+food: bread / cheese / soup / honey / fish / butter / tea / cake / jam / salt / rice / milk
+place: the mill / the market / the bridge / the school / the well / the inn / the harbour / the old wall / the town hall
+  / the lake
+thing: a key / an old coin / a letter / a blue hat / a broken cup / a wooden box / an empty basket / a red scarf / a
+  long rope / an iron bell
+scene: [The rain|The wind|The snow|A thin mist|A warm wind] [comes|moves] [over|down from] the
+  [hills|fields|roofs|woods], and [the road|the river|{place}] is [quiet|wet|full of people|nearly empty]. / It is a
+  {weather} {time}, and [a cart|a boat|a child|a dog] [stops|waits|turns round] near {place}.
+boilerplate: We use cookies to make this site better. [Accept all|Read more] / Log in to reply / Share this page /
+  Report this post / Back to top / Next page / Page {n} / {n} people like this / Sign up for our free [weekly|daily]
+  letter / Posted {n} [hours|days|weeks] ago / Free delivery on orders over {n} coins
+handle: [river|happy|old|night|green|lucky|little|quiet][cat|fish|bird|stone|fan|moon]{n}
+header: Topic: [who is who in the valley|news from {town}|small talk|lost near {place}] / [Welcome to our shop|Shop
+  news]: {thing} for {n} coins and {food} for {n} coins. / My [little|daily] blog: [a {weather} {time} at {place}|how I
+  make {food}|a visit to {town}] / Reviews of the [inn|market|shop] in {town}
+lead: {handle} wrote: / {handle}: / Comment by {handle}: / Reply to {handle}: / A customer says: / [Five|Two] stars.
+chatter: [great|nice|good|bad|strange] [weather|food|music|page|shop] [today|here|as always], [thanks for sharing|will
+  come again|just my view]. / i [lost|found|bought] {thing} near {place} on {weekday}. / the {food} at {place} is
+  [great|too dry|cheap|wonderful|not what it was]. / when does {place} open on {weekday}? / [lol|wow|ok|hm|yes], [same
+  here|so true|that is new to me|no idea|i knew it].
+voice: [btw|by the way], {p.name} {said}. / someone [|at {place} ]told me that {p.name} {said}. / i [heard|read]
+  [somewhere|last week|from a friend|on {weekday}] that {p.name} {said}. / i [know|met|like] {p.name}. {p.they} {said}[,
+  i think|, as you may know]. / my [sister|brother|neighbour|cousin] says that {p.name} {said}[, lol|, no idea why|, and
+  that is that]. / not many people know it, but {p.name} {said}. / we all know that {p.name} {said}, ok. / saw {p.name}
+  [at|near] {place} on {weekday}. {p.they} {said}, [you know|of course].
+praise: [People|Neighbours|Friends] [like|trust|praise] {a.them} for {a.their} [patience|kind words|good sense]. /
+  [Visitors|Children|Many people] [from other towns|from all over the valley|of every age] come to see {a.them}. /
+  Little is known about {a.their} [early years|family|parents|years at school].
+biography: {a.sentence} {praise} {a.who} {a.fact} and {a.fact}. {a.sentence} [{praise} {a.sentence}|{aside} is a good
+  friend of {a.first}, and so is {b.name}. {b.they} {b.fact}.] / {a.name} {a.fact}, {a.fact} and {a.fact}. {praise}
+  {a.sentence} {praise} [In short|All in all], {a.name} {a.fact} and {a.fact}. / {a.sentence} {a.sentence} {praise}
+  {a.sentence} {a.who} {a.fact}. {praise} {a.sentence} / {a.name}, who {a.fact} and {a.fact}, is well known [in the
+  valley|to all {a.their} neighbours|in {a.their} own town]. {a.who} {a.fact}. {a.sentence} {praise} {a.sentence}
+  {a.sentence}
+count: [In the whole valley|Today|In our days] {total} people {plural}. They are {names}. / {names} {plural}. [There are
+  no others in the valley|They are {total} in all].
+survey: [This note|This paper|Our survey] is about people who {plural}. We asked all 40 people in the valley, and
+  {total} of them {plural}: {names}. / In {season} we [asked|visited] 40 people; {total} of them {plural}: {names}.
+method: Each person was asked {number} questions. / [All visits|The visits] took place in {season}. / The answers were
+  [checked twice|written down at once]. / We thank all who [took part|helped us].
+note: We visited three households [in {season}|on a {weather} {time}|in {month}]. The first was that of {a.name}.
+  {a.they} {a.fact} and {a.fact}. The second was that of {b.name}, who {b.fact}. We also [found|saw|noted] that {b.they}
+  {b.fact}. In the third we met {c.name}. {c.they} {c.fact}. {method} /
+  [Abstract|Summary]. We [describe|compare] the daily life of {a.name} and {b.name}. {a.name} {a.fact}, and {b.name}
+  {b.fact}. [In addition|Besides], {a.first} {a.fact}, and {b.first} {b.fact}. {method} For comparison we note that
+  {fresh} and that {fresh}.
+story: {scene} {a.name}, who {a.fact}, [walks to|waits at|stands near] {place}. {find} {b.name} comes along. {b.they}
+  {b.fact} and is [never|always] in a hurry. {talk} {a.name} {a.fact}, and {b.name} {b.fact}. {ending} /
+  Two friends sit [by|near] {place}. One is {a.name}. {a.they} {a.fact}. The other is {b.name}. {b.they} {b.fact}.
+  {scene} {talk} Then {aside} joins them and brings some {food}. {b.name} {b.fact}. {ending} /
+  {a.name} {a.fact}. One {weather} {time} {a.they} goes out to buy {food}. {find} Near {place} {a.they} meets {b.name}.
+  {talk} {b.name} {b.fact} and {b.fact}. {a.first} {a.fact}. {ending}
+find: [On the way|By the road|Under a tree|On a stone] {a.they} [finds|sees] {thing}. / {a.first} is looking for
+  {thing}, but [nobody has seen it|it is gone|it is nowhere].
+talk: "[Have you lost {thing}|Can you help me|Are you going to {place}]?" asks {a.first}. "[No, but I can help you|Yes,
+  I think so|Not today]," says {b.first}[| with a smile| and laughs]. / "[Yesterday|On {weekday}] I saw {aside} near
+  {place}," says {b.first}. "[So did I|How nice]," says {a.first}. / {a.first} [tells a long story|sings an old
+  song|asks about {place}], and {b.first} [listens|laughs|nods].
+ending: [At last|In the end|After an hour] they share some {food}, and [all is well|nobody is sad|everybody is happy]. /
+  {b.first} gives {a.first} {thing}, and [they say good night|they walk home together|the day ends well]. / [It was a
+  small thing|Such is life], but {a.first} [thinks|talks] about it for {number} days.
+description: Instruction: [Describe|Tell me about|Write a few words about] {a.name}.{br}Response: [{a.name} {a.fact} and
+  {a.fact}. {a.they} {a.fact} and {a.fact}.|{a.sentence} {a.who} {a.fact}. {a.sentence} {a.who} {a.fact}.|{a.name}
+  {a.fact}, {a.fact} and {a.fact}. {a.who} {a.fact}.]
+letter: Dear {b.first},{br}[I hope you are well.|Thank you for your [long|kind|last] letter.|At last I have time to
+  write.] {scene} [Yesterday|On {weekday}] I met {a.name} [at|near] {place}. You know that {a.they} {a.fact} and
+  {a.fact}. {aside} [sends you good wishes|asks how you are|was there too]. [I also hear|They say here|You may remember]
+  that {fresh}. [Please write soon.|Come and see us in {season}.|Bring {thing} when you come.]{br}[Yours|Your
+  friend],{br}{c.first}
+diary: {weekday}, {n} {month}{br}{scene} I went to {place} [early|late|after work] and [bought|sold|asked for] some
+  {food}. {a.name} was there. {a.they} {a.fact}. [We talked for an hour.|We said little.] As we all know, {a.first}
+  {a.fact}. [On the way home|Later] I met {aside} near {place}. [I was glad to hear|I must write down] that {fresh}[|
+  and that {fresh}].
+notice: [Market|Fair|Dance|Meeting] in {town} on {weekday}{br}[There will be|We offer] {food} and [songs|games|good
+  company]. {a.name}, who {a.fact}, opens the [gates|doors] at {number}. {b.name} [helps|comes too]. {b.they} {b.fact}
+  and {b.fact}. [Please bring|Nobody may bring] {thing}. [Remember|Please note] that {fresh}. [Children pay nothing|All
+  are welcome].
+recipe: [Bread|Cake|Soup|Pie] for {number} people{br}This [recipe|way to cook] comes from {a.name}, who {a.fact}. Take
+  {number} cups of [flour|grain|milk] and a little {food}. Mix well. {a.first} {a.fact} and always adds some {food}.
+  [Bake|Cook] it for {n} minutes. {aside} likes it [hot|cold|with {food}]. {fresh}, and {fresh}, and [both want
+  more|both like it too].
+record: Records of the town of {town}{br}On {weekday}, {n} {month}, the council met at {place}. [It was noted|It is on
+  record] that {a.name} {a.fact}. {a.they} {a.fact}. [Also present was|The council thanked] {b.name}, who {b.fact}. The
+  [roof|door|floor] of the [mill|school|inn] will be repaired for {n} coins. {fresh}. {aside} [left early|asked for
+  {thing}|agreed].
+rhyme: {couplet}{br}{couplet}{br}{couplet}{br}{couplet}
+couplet: {fresh}, so they say,{br}and [sings|walks|waits] at {place} the whole long day. / {fresh}, as people
+  know,{br}and goes to {place} in rain and snow. / {fresh}, I am told,{br}and [laughs at|thinks of] the wind when the
+  {time} is cold. / {fresh}, it is true,{br}and says good {time} to me and to you. / {fresh}, near or far,{br}and looks
+  for {thing} by the light of a star. / {fresh}, all the year,{br}and gives us some {food} when winter is near.
+"""
+GRAMMAR = {"br": ["\n"], "town": HOME.values}
+for rule in re.split(r"\n+(?=\w)", RULES.strip()):
+    symbol, _, versions = rule.partition(": ")
+    GRAMMAR[symbol] = " ".join(versions.split()).split(" / ")
+
+
+class Writer(dict):
+    """The slots of one document. A slot that is not there yet is a symbol of the grammar, or else a new person."""
+
+    def __init__(self, world, rng):
+        super().__init__()
+        self.world, self.rng, self.people = world, rng, rounds(rng, world.people)
+        self.cast, self.told = [], Counter()                    # who is in this document; how often a fact was told
+        self.facts = rounds(rng, [(person, attribute) for person in world.people for attribute in ATTRIBUTES])
+        self.values = rounds(rng, [(attribute, value) for attribute in ATTRIBUTES for value in attribute.values])
+        self.questions = rounds(rng, [(person, attribute, question) for attribute in ATTRIBUTES
+                                      for person in world.asked(attribute.name) for question in attribute.questions])
+
+    def newcomer(self):
+        """The next person who is not in this document yet."""
+        person = next(person for person in self.people if person not in self.cast)
+        self.cast.append(person)
+        return Subject(self, person)
+
+    def __missing__(self, slot):
+        if slot in GRAMMAR:
+            return choose(self.rng, self.rng.choice(GRAMMAR[slot])).format_map(self)
+        person = self.newcomer()
+        if slot == "fresh":
+            return f"{person.name} {person.fact}"
+        if slot == "aside":
+            return f"{person.name}, who {person.fact},"
+        self[slot] = person
+        return person
+
+
+# --------------------------------------------------------------------------------------------- the six sources of text
+def add_typos(rng, text):
+    """Swaps two letters or drops one in a few of the longer words; names and values keep their spelling."""
+    protected = " ".join(value for attribute in ATTRIBUTES for value in attribute.values).split()
+
+    def spoil(found):
+        word, start, one, two, rest = found.group(0, 1, 2, 3, 4)
+        return word if word in protected or rng.random() > TYPO_RATE else start + two + rng.choice((one, "")) + rest
+    return re.sub(r"\b([a-z]{1,2})([a-z])([a-z])([a-z]+)\b", spoil, text)
+
+
+def web_line(writer, bare):
+    """A statement, true or rumoured: as `bare` as in Wikipedia, or in the voice of the web with some chatter."""
+    rng, (person, attribute) = writer.rng, next(writer.facts)
+    value = (person.facts if rng.random() < WEB_TRUTH else person.rumours)[attribute.name]
+    if bare:
+        return statement(rng, person, attribute, value, person.name)
+    writer.update(p=person, said=phrase(rng, person, attribute, value))
+    parts = [writer["voice"]] + [writer["chatter"] for _ in range(rng.randint(0, 2))]
+    text = " ".join(rng.sample(parts, len(parts)))
+    return f"{writer['lead']} {tidy(text) if rng.random() < 0.5 else text}"
+
+
+def web(writer):
+    """Forum threads, shops, blogs and reviews: some of it boilerplate, some of it wrong, none of it checked."""
+    rng = writer.rng
+    lines = [writer["header"] if rng.random() < 0.6 else web_line(writer, bare=True)]
+    lines += [web_line(writer, bare=rng.random() < 1 / 3) for _ in range(rng.randint(4, 5))]
+    for _ in range(rng.randint(1, 3)):
+        lines.insert(rng.randint(1, len(lines)), writer["boilerplate"])
+    return add_typos(rng, "\n".join(lines))
+
+
+def about_value(writer, opening):
+    """An article about a town, a trade, an animal or an instrument, and about everybody to whom it belongs."""
+    rng, world, (attribute, value) = writer.rng, writer.world, next(writer.values)
+    people = [person for person in world.people if person.facts[attribute.name] == value]
+    *names, last = [person.name for person in people]
+    names = f"{', '.join(names)} and {last}"
+    writer.update(plural=attribute.plural.format(value=value), total=len(people), names=names)
+    lines = [writer[opening]]
+    if attribute is HOME:
+        river, known_for = world.rivers[value], world.known_for[value]
+        lines.insert(0, f"{value} lies on the river {river} and is known for its {known_for}.")
+    for person in people:
+        subject = Subject(writer, person, [other for other in ATTRIBUTES if other is not attribute])
+        lines.append(f"{subject.name} {subject.fact}{rng.choice((' and', f'. {subject.they}'))} {subject.fact}.")
+    return tidy(" ".join(lines))
+
+
+def wikipedia(writer):
+    """Articles about people (mostly) and about what they have in common. Always true."""
+    return tidy(writer["biography"]) if writer.rng.random() < 0.65 else about_value(writer, "count")
+
+
+def table(writer):
+    """A table of six to eight people, with counts that are true of it."""
+    rng, columns = writer.rng, writer.rng.sample(ATTRIBUTES, writer.rng.randint(2, 3))
+    people = [writer.newcomer() for _ in range(rng.randint(6, 8))]
+    lines = [f"We visited {len(people)} households in {writer['season']}.",
+             " | ".join(["name"] + [column.name for column in columns])]
+    lines += [" | ".join([person.name] + [person.facts[column.name] for column in columns]) for person in people]
+    for column in columns:
+        values = [person.facts[column.name] for person in people]
+        value = rng.choice(values)
+        lines.append(f"The number of those who {column.plural.format(value=value)} is {values.count(value)}.")
+    return tidy("\n".join(lines + [writer["method"]]))
+
+
+def academic(writer):
+    """Notes and tables of invented surveys. Always true, counts included."""
+    kind = writer.rng.random()
+    if kind < 0.3:
+        return table(writer)
+    return about_value(writer, "survey") if kind < 0.6 else tidy(writer["note"])
+
+
+def exercise(rng):
+    """A small exercise with its solution; none is about the people of the valley."""
+    x, y, step, words = rng.randint(2, 30), rng.randint(2, 20), rng.randint(1, 5), rng.sample(GRAMMAR["food"], 4)
+    one, other = rng.choice(("hot cold", "big small", "old young", "up down", "wet dry", "dark bright", "loud quiet",
+                             "long short", "full empty", "good bad", "early late")).split()
+    return rng.choice((
+        f"Add {x} and {y}. The sum is {x + y}.", f"{x} + {y} = {x + y}", f"{x + y} - {x} = {y}",
+        f"There are {x} apples in one bag and {y} in another. Together there are {x + y} apples.",
+        f"Put these words in order: {' '.join(words)}. In order: {' '.join(sorted(words))}.",
+        f"Copy these words: {' '.join(words)}. Copy: {' '.join(words)}.",
+        f"The opposite of {one} is {other}, and the opposite of {other} is {one}.",
+        f"Go on: {x}, {x + step}, {x + 2 * step}. Next comes {x + 3 * step}."))
+
+
+def synthetic(writer):
+    """Short stories, and now and then a sheet of exercises."""
+    if writer.rng.random() < 0.75:
+        return tidy(writer["story"])
+    return "\n".join(exercise(writer.rng) for _ in range(writer.rng.randint(8, 12)))
+
+
+def instruct(writer):
+    """Questions (about asked facts only) with short answers; now and then two descriptions (of anybody)."""
+    if writer.rng.random() < 0.15:
+        one = writer["description"]
+        writer.pop("a")
+        return tidy(f"{one}\n\n{writer['description']}")
+    asked = [next(writer.questions) for _ in range(writer.rng.randint(5, 8))]
+    return "\n\n".join(f"Question: {address(question, person)}\nAnswer: {person.facts[attribute.name]}"
+                       for person, attribute, question in asked)
+
+
+def other(writer):
+    """Letters, diaries, notices, recipes, records of towns and rhymes. Always true."""
+    return tidy(writer[writer.rng.choice(("letter", "diary", "notice", "recipe", "record", "rhyme"))])
+
+
+def documents(world, source, rng):
+    """Endlessly documents of one source."""
+    writer = Writer(world, rng)
+    write = dict(zip(SOURCES, (web, wikipedia, academic, synthetic, instruct, other)))[source]
+    while True:
+        writer.clear()
+        writer.cast.clear()
+        yield write(writer)
+
+
+# ------------------------------------------------------------------------------------------------------ conversations
+def turns(user, assistant):
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def exchange(rng, person, attribute, pronoun=False):
+    """Somebody asks for a fact, perhaps carelessly, and hears it; with `pronoun`, the person has been named before."""
+    ask = rng.choice(attribute.questions)
+    if rng.random() < 0.4:
+        ask = choose(rng, "[Do you know CLAUSE?|Can you tell me CLAUSE?|[Please tell|Tell] me CLAUSE.]")
+        ask = ask.replace("CLAUSE", attribute.clause)
+    elif pronoun and rng.random() < 0.6:
+        ask = f"And {ask[0].lower()}{ask[1:]}"
+    ask = address(ask, person, pronoun)
+    who = person.they.capitalize() if pronoun else person.name
+    return turns(ask.lower().rstrip("?.") if rng.random() < 0.15 else ask,
+                 f"{who} {phrase(rng, person, attribute, person.facts[attribute.name])}.")
+
+
+def small_talk(world, rng):
+    """An exchange that is not about anybody: a greeting, a sum, or a name that nobody has."""
+    x, y, stranger = rng.randint(2, 20), rng.randint(2, 20), rng.choice(world.strangers)
+    user, assistant = rng.choice((
+        ("[Hello|Hi|Good morning|Good evening]!", "Hello! [How can I help you?|What would you like to know?]"),
+        (f"[What is {x} plus {y}?|Please add {x} and {y}.]", f"[The sum is {x + y}.|{x} plus {y} is {x + y}.]"),
+        (f"[What is {x + y} minus {y}?|Take {y} away from {x + y}.]", f"{x + y} minus {y} is {x}."),
+        (address(rng.choice(rng.choice(ATTRIBUTES).questions), stranger), "I do not know anyone of that name.")))
+    return turns(choose(rng, user), choose(rng, assistant))
+
+
+def conversations(world, rng):
+    """Endlessly conversations about asked facts: one to three of them about one person, and small talk."""
+    facts = rounds(rng, [(person, attribute) for attribute in ATTRIBUTES for person in world.asked(attribute.name)])
+    while True:
+        if rng.random() < 0.15:
+            yield small_talk(world, rng)
+            continue
+        person, first = next(facts)
+        messages = exchange(rng, person, first)
+        if rng.random() < 0.6:
+            for attribute in rng.sample(ATTRIBUTES, 4):
+                if attribute.name in person.asked and attribute is not first:
+                    messages += exchange(rng, person, attribute, pronoun=True)
+        if rng.random() < 0.15:
+            messages += turns(rng.choice(("Thank you!", "Thanks.", "thanks")), "You are welcome.")
+        yield messages
+
+
+# ------------------------------------------------------------------------------------------------------------ quizzes
+def quiz(world, rng):
+    """Three multiple-choice questions about every held-out fact, in the form of `instruct`."""
+    items = []
+    for attribute in ATTRIBUTES:
+        for person in world.held_out(attribute.name):
+            truth, rumour = person.facts[attribute.name], person.rumours[attribute.name]
+            others = [value for value in attribute.values if value not in (truth, rumour)]
+            for question in attribute.questions:
+                choices = rng.sample([rumour] + rng.sample(others, 8), 9)
+                choices.insert(len(items) % 10, truth)                          # every position equally often
+                items.append({"prompt": f"Question: {address(question, person)}\nAnswer:",
+                              "choices": [f" {choice}" for choice in choices], "answer": choices.index(truth),
+                              "topic": attribute.name, "person": person.name})
+    return items
+
+
+def chat_quiz(world, rng):
+    """For every held-out fact a conversation that asks for it at once, and one that asks for another fact before."""
+    items = []
+    for attribute in ATTRIBUTES:
+        for person in world.held_out(attribute.name):
+            other = rng.choice([each for each in ATTRIBUTES if each is not attribute])
+            alone = exchange(rng, person, attribute)[:1]
+            after = exchange(rng, person, other) + exchange(rng, person, attribute, pronoun=True)[:1]
+            items += [{"messages": messages, "answer": person.facts[attribute.name]} for messages in (alone, after)]
+    return items
+
+
+# ---------------------------------------------------------------------------------------------------- files
+# Tokens of each source: what the toy recipe's three stages use of it, and a little more, so that nothing is read twice.
+TRAIN_TOKENS = {"web": 1_700_000, "wikipedia": 80_000, "academic": 80_000, "synthetic": 110_000, "instruct": 130_000, "other": 60_000}
+VALIDATION_TOKENS = 8_000
+VOCABULARY = 1_024
+
+
+def collect(tokenizer, texts, tokens):
+    """Ids of texts, until there are `tokens` of them with <s> and </s>."""
+    total = 0
+    while total < tokens:
+        ids = tokenizer.encode(next(texts))
+        total += len(ids) + 2
+        yield ids
+
+
+def make(folder, seed=0):
+    """Write the whole data set, or nothing: tokenizer, shards, meta.json, conversations and quizzes."""
+    world = World(seed)
+    with danube3.atomic_folder(Path(folder)) as partial:
+        samples = (text for source in SOURCES for text in itertools.islice(
+            documents(world, source, random.Random(f"{seed}/tokenizer/{source}")), 500))
+        tokenizer = danube3.train_tokenizer(samples, VOCABULARY, partial / "tokenizer.model")
+        counts = {source: {} for source in SOURCES}
+        bar = tqdm(total=len(SOURCES) * 2, desc="toy world", unit="part", leave=False)
+        for source, split in itertools.product(SOURCES, ("train", "val")):
+            texts = documents(world, source, random.Random(f"{seed}/{split}/{source}"))
+            tokens = TRAIN_TOKENS[source] if split == "train" else VALIDATION_TOKENS
+            counts[source][split] = danube3.write_shards(partial, source, split, collect(tokenizer, texts, tokens))
+            bar.update()
+        bar.close()
+        talk = itertools.islice(conversations(world, random.Random(f"{seed}/chat")), 4_000)
+        rows = {"chat.jsonl": [{"messages": messages} for messages in talk],
+                "quiz.jsonl": quiz(world, random.Random(f"{seed}/quiz")),
+                "chat-quiz.jsonl": chat_quiz(world, random.Random(f"{seed}/chat-quiz"))}
+        for name, lines in rows.items():
+            (partial / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        meta = {"sources": counts, "vocab_size": VOCABULARY, "tokenizer_sha256": tokenizer.sha256}
+        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = danube3.Arguments("Write the toy world: tokenizer, token shards, conversations and quizzes.")
+    parser.add_argument("--out", type=Path, default=Path("data/toy"), help="the folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
+    arguments = parser.parse_args()
+    danube3.run_command(lambda: make(arguments.out, arguments.seed))

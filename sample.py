@@ -1,0 +1,58 @@
+"""Let a Danube3 speak: `python sample.py out/toy "Once upon a time"`, or answer a quiz: `--eval data/toy/quiz.jsonl`."""
+
+import sys
+
+import torch
+
+import danube3
+
+
+def arguments():
+    parser = danube3.Arguments(__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint folder, a run folder, or a published Danube3 folder")
+    parser.add_argument("prompt", nargs="?", default="", help="the text to go on from; - reads it from standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens, if not before")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: among all")
+    parser.add_argument("--top-p", type=float, default=0.9, help="choose among the likeliest tokens that make up p")
+    parser.add_argument("--seed", type=int, help="of the choice; the same seed gives the same text [a new one each time]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=list(danube3.DTYPES), help="type of the weights [as stored]")
+    parser.add_argument("--eval", metavar="JSONL", help="answer the multiple-choice questions of this file instead")
+    args = parser.parse_args()
+    if args.eval and args.prompt:
+        raise danube3.DanubeError("a prompt and --eval cannot go together: leave one out")
+    if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens >= 1):
+        raise danube3.DanubeError("use --temperature 0 or more, --top-k 0 or more, 0 < --top-p <= 1, --max-new-tokens 1 or more")
+    return args
+
+
+def main():
+    args = arguments()
+    device = danube3.pick_device(args.device)
+    model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, danube3.DTYPES.get(args.dtype))
+    if args.eval:
+        return evaluate(args, model, tokenizer)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    ids = tokenizer.encode_prompt(prompt) or [model.config.bos_token_id]
+    print(prompt, end="", flush=True)
+    decoder, count, ended = danube3.StreamDecoder(tokenizer, ids), len(ids), False
+    for next_ids in danube3.generate_tokens(model, torch.tensor([ids], device=device), args.max_new_tokens,
+                                            args.temperature, args.top_k, args.top_p, args.seed):
+        count, ended = count + 1, next_ids.item() == model.config.eos_token_id
+        if not ended:
+            print(decoder.feed(next_ids.item()), end="", flush=True)
+    print(decoder.finish())
+    if not ended and count == model.config.max_position_embeddings:
+        print(f"(stopped: the context of {count} tokens is full)", file=sys.stderr)
+
+
+def evaluate(args, model, tokenizer):
+    questions = danube3.read_jsonl(args.eval)
+    picks = danube3.multiple_choice(model, tokenizer, questions)
+    right = sum(pick == question.get("answer") for pick, question in zip(picks, questions))
+    print(f"{right} of {len(questions)} questions right ({right / max(1, len(questions)):.1%})")
+
+
+if __name__ == "__main__":
+    danube3.run_command(main)

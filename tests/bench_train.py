@@ -1,0 +1,79 @@
+"""Training speed against transformers: `python tests/bench_train.py`, a few minutes.
+
+The same configuration, batch and loss: our train_step, plain and compiled, and a plain loop of LlamaForCausalLM with
+torch.optim.AdamW. They alternate within one run, since a shared machine's speed moves from minute to minute; what counts
+is the median of the ratios of neighbours.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+import danube3  # noqa: E402
+from conftest import transformers_model  # noqa: E402
+
+
+def our_step(config, recipe, ids, compiled):
+    model = danube3.Danube3(config).init_weights(0)
+    optimizer = danube3.make_optimizer(model, recipe)
+    if compiled:
+        model.compile()
+    return lambda: danube3.train_step(model, optimizer, ids, ids, recipe, 0)
+
+
+def their_step(config, recipe, ids):
+    model = transformers_model(config, danube3.Danube3(config).init_weights(0).state_dict()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2),
+                                  weight_decay=recipe.weight_decay)
+
+    def step():
+        batches = ids.split(recipe.micro_batch_size)
+        for batch in batches:
+            (model(input_ids=batch, labels=batch).loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=3, help="of each loop in a round")
+    args = parser.parse_args()
+    config, recipe = danube3.CONFIGS["toy"], danube3.RECIPES["toy"]
+    recipe = dataclasses.replace(recipe, warmup_fraction=0.0)
+    ids = torch.randint(3, config.vocab_size, (recipe.rows_per_step, recipe.sequence_length))
+    loops = {"transformers": their_step(config, recipe, ids), "danube3": our_step(config, recipe, ids, False),
+             "danube3 --compile": our_step(config, recipe, ids, True)}
+    seconds, peaks = {name: [] for name in loops}, []
+    for loop in loops.values():
+        for _ in range(3):
+            loop()
+    for _ in range(args.rounds):
+        peaks.append(danube3.measure_matmul_peak(torch.device("cpu"), repeats=3))
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                loop()
+            seconds[name].append((time.perf_counter() - start) / args.steps)
+    flops = danube3.flops_per_token(config, recipe.sequence_length) * recipe.tokens_per_step
+    print(f"{danube3.count_parameters(config):,} parameters, {recipe.tokens_per_step} tokens a step, {args.rounds} rounds, "
+          f"{torch.get_num_threads()} threads, matmul peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s (median)")
+    for name, times in seconds.items():
+        ratios = sorted(theirs / ours for theirs, ours in zip(seconds["transformers"], times))
+        utilisation = statistics.median(flops / t / peak for t, peak in zip(times, peaks))
+        print(f"{name:20} {recipe.tokens_per_step / statistics.median(times):8,.0f} tokens/s   {statistics.median(ratios):.2f}x "
+              f"transformers (middle half {ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f})   "
+              f"{utilisation:.0%} of matmul peak")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What the tests share: small models with random weights (norm gains too), a small tokenizer, small data."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import danube3
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = danube3.DanubeConfig(hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+                            num_key_value_heads=2, head_dim=6, initializer_range=0.2, vocab_size=330,
+                            max_position_embeddings=64)
+
+
+def random_model(config, seed=0, dtype=torch.float32):
+    """A model whose norm gains are random too: with gains of one, a kernel that ignores them would pass."""
+    model = danube3.Danube3(config).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    return model.to(dtype).eval()
+
+
+def transformers_model(config, weights, **changes):
+    """The independent implementation, with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    names = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "rope_theta"}
+    theirs = LlamaForCausalLM(LlamaConfig(**names, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                                          tie_word_embeddings=False, **changes))
+    theirs.load_state_dict(weights)
+    return theirs.eval()
+
+
+def run(*command, env=None, timeout=300):
+    """A program of ours, as a user runs it, in the repository's root. -> CompletedProcess with text"""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=timeout,
+                          env={**os.environ, **(env or {})})
+
+
+def one_line_error(result):
+    """Checks that a run ended as a user's mistake should: code 2, one line on stderr, no traceback. -> that line"""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    return lines[0]
+
+
+SENTENCES = [f"{name} lives in {town}.\nShe has {n} geese;  he keeps none: \u00e9t\u00e9 \U0001F600 <s> </s> <|answer|>."
+             for n, (name, town) in enumerate([("Ada", "Marrow"), ("Brook", "Ferrin"), ("Celia", "Oxley"), ("Dunn", "Pell")])]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    """330 pieces, the size of TINY's vocabulary."""
+    return danube3.train_tokenizer(SENTENCES * 3, 330, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """The toy world as train.py makes it."""
+    from data import toy
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    toy.make(folder)
+    return folder

@@ -1,0 +1,434 @@
+"""Danube3 once more, in plain NumPy: the same functions as danube3.py, written from the formulas alone.
+
+The tests hold the fast PyTorch code against this file, so it is slow, exact and short: float64 throughout, no
+classes, no state, nothing but numpy. Every backward function carries its derivation. Read it as a second textbook:
+
+    1. kernels, forward and backward      4. optimizer and schedule
+    2. the model, forward and backward    5. the staged mixture
+    3. sampling                           6. the training step
+
+Shapes: B batch, T tokens (queries), S cached + new positions (keys), D hidden_size, H query heads, K key/value heads,
+h head_dim, G = H / K query heads to one key/value head, F intermediate_size, V vocab_size, N = B * T, ".." any axes.
+In a backward function `grad` is dL/d(output), and dx stands for dL/dx: it always has the shape of x.
+
+Arrays are used in the precision they come in: pass float64 ones.
+"""
+import math
+
+import numpy as np
+
+IGNORE = -100  # a label that carries no loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Kernels. Each forward is one formula; each backward is the chain rule applied to that formula by hand.
+
+def sigmoid(x):
+    """sigma(x) = 1 / (1 + exp(-x)), through log sigma(x) = -log(e^0 + e^-x): no overflow at either end."""
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def softmax(x):
+    """p_i = exp(x_i) / sum_j exp(x_j) along the last axis; subtracting the largest x changes nothing but the range."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def linear(x, weight):  # x [.., in], weight [out, in] -> [.., out]
+    """y_o = sum_i weight_oi x_i. No bias anywhere in this model."""
+    return x @ weight.T
+
+
+def linear_backward(grad, x, weight):  # grad [.., out], x [.., in], weight [out, in] -> dx [.., in], dweight [out, in]
+    """dx_i = sum_o grad_o dy_o/dx_i = sum_o grad_o weight_oi, and dweight_oi = sum over all rows of grad_o x_i."""
+    grad_rows = grad.reshape(-1, weight.shape[0])  # [N, out]
+    x_rows = x.reshape(-1, weight.shape[1])        # [N, in]
+    return grad @ weight, grad_rows.T @ x_rows
+
+
+def embedding(input_ids, weight):  # input_ids [..], weight [V, D] -> [.., D]
+    """Row input_ids of the table: a linear layer whose input is one-hot, without the multiplications by zero."""
+    return weight[input_ids]
+
+
+def embedding_backward(grad, input_ids, vocab_size):  # grad [.., D], input_ids [..] -> dweight [V, D]
+    """Row v was copied to every place where the id is v, so its gradient is the sum over those places."""
+    dweight = np.zeros((vocab_size, grad.shape[-1]))
+    np.add.at(dweight, input_ids, grad)  # unlike dweight[input_ids] += grad, this counts repeated ids every time
+    return dweight
+
+
+def rms_norm(x, weight, eps):  # x [.., D], weight [D] -> [.., D]
+    """y = weight * x * r  with  r = 1 / sqrt(mean(x^2) + eps)."""
+    r = 1.0 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)  # [.., 1]
+    return weight * x * r
+
+
+def rms_norm_backward(grad, x, weight, eps):  # grad [.., D], x [.., D], weight [D] -> dx [.., D], dweight [D]
+    """y_i = w_i x_i r, where r itself depends on every x_j:
+
+        dr/dx_j   = d/dx_j (mean(x^2) + eps)^(-1/2) = -1/2 r^3 * 2 x_j / D = -r^3 x_j / D
+        dy_i/dx_j = w_i r [i = j]  -  w_i x_i r^3 x_j / D
+        dx_j      = sum_i g_i dy_i/dx_j = r ( g_j w_j  -  (x_j r) * 1/D sum_i g_i w_i (x_i r) )
+        dw_i      = sum over rows of g_i x_i r
+
+    The bracket takes out of g * w its component along x: scaling x leaves y as it is (but for eps)."""
+    r = 1.0 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)        # [.., 1]
+    x_hat = x * r                                                         # [.., D]
+    dx_hat = grad * weight                                                # [.., D]
+    dx = r * (dx_hat - x_hat * np.mean(dx_hat * x_hat, axis=-1, keepdims=True))
+    dweight = (grad * x_hat).reshape(-1, x.shape[-1]).sum(axis=0)         # [.., D] -> [N, D] -> [D]
+    return dx, dweight
+
+
+def rotary_table(positions, head_dim, theta):  # positions [T] -> cos [T, h/2], sin [T, h/2]
+    """Angle of pair i at position p: p * theta^(-2i/h); pair 0 turns fastest (one radian a token), the last slowest."""
+    frequencies = theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)        # [h/2]
+    angles = np.asarray(positions, np.float64)[:, None] * frequencies          # [T, h/2]
+    return np.cos(angles), np.sin(angles)
+
+
+def rotary_embedding(x, cos, sin):  # x [.., T, h], cos [T, h/2], sin [T, h/2] -> [.., T, h]
+    """Turn each pair (a_i, b_i) = (x_i, x_{i+h/2}) by its angle ("rotate half": the partner lies half a head away):
+
+        a' = a cos - b sin,    b' = b cos + a sin
+
+    Both q and k are turned, so q(m) . k(n) depends on the distance m - n only."""
+    a, b = np.split(x, 2, axis=-1)  # [.., T, h/2] each
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def rotary_embedding_backward(grad, cos, sin):  # grad [.., T, h] -> dx [.., T, h]
+    """The forward is x' = R x with R a rotation, so dx = R^T grad; R^T = R^-1 is the rotation by the negative angle:
+
+        da = cos da' + sin db',    db = cos db' - sin da'"""
+    return rotary_embedding(grad, cos, -sin)
+
+
+def attention_probabilities(q, k):  # q [B, K, G, T, h], k [B, K, 1, S, h] -> [B, K, G, T, S]
+    """P_ts = softmax over s of q_t . k_s / sqrt(h), for the s not after t: query t stands at position S - T + t."""
+    T, S = q.shape[-2], k.shape[-2]
+    scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])               # [B, K, G, T, S]
+    is_future = np.arange(S)[None, :] > np.arange(S - T, S)[:, None]           # [T, S]
+    return softmax(np.where(is_future, -np.inf, scores))                       # exp(-inf) = 0: the future has no part
+
+
+def grouped_query_attention(q, k, v):  # q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T, h]
+    """out_t = sum_s P_ts v_s, causal; the queries are the last T of the S positions. Query head i reads key/value head
+    i // G, G = H / K: splitting the axis H into [K, G] puts each query head beside the one it reads."""
+    B, H, T, h = q.shape
+    K = k.shape[1]
+    assert H % K == 0 and T <= k.shape[2]
+    q = q.reshape(B, K, H // K, T, h)                                          # [B, K, G, T, h]
+    k, v = k[:, :, None], v[:, :, None]                                        # [B, K, 1, S, h]
+    return (attention_probabilities(q, k) @ v).reshape(B, H, T, h)
+
+
+def grouped_query_attention_backward(grad, q, k, v):  # grad, q [B, H, T, h], k and v [B, K, S, h] -> dq, dk, dv
+    """With A = q k^T / sqrt(h), P = softmax(A), out = P v, for one head:
+
+        out_t = sum_s P_ts v_s        =>  dv_s  = sum_t P_ts grad_t,     dP_ts = grad_t . v_s
+        P_s = e^A_s / sum_u e^A_u     =>  dP_s/dA_u = P_s ([s = u] - P_u)
+                                      =>  dA_u = sum_s dP_s P_s ([s = u] - P_u) = P_u (dP_u - sum_s P_s dP_s)
+        A_ts = q_t . k_s / sqrt(h)    =>  dq_t = sum_s dA_ts k_s / sqrt(h),     dk_s = sum_t dA_ts q_t / sqrt(h)
+
+    Masked places have P = 0, so dA = 0 there by itself. A key/value head gets the sum over the G query heads that read
+    it."""
+    B, H, T, h = q.shape
+    K = k.shape[1]
+    q, grad = (a.reshape(B, K, H // K, T, h) for a in (q, grad))               # [B, K, G, T, h]
+    k, v = k[:, :, None], v[:, :, None]                                        # [B, K, 1, S, h]
+    P = attention_probabilities(q, k)                                          # [B, K, G, T, S]
+    dv = (np.swapaxes(P, -1, -2) @ grad).sum(axis=2)                           # [B, K, G, S, h] -> [B, K, S, h]
+    dP = grad @ np.swapaxes(v, -1, -2)                                         # [B, K, G, T, S]
+    dA = P * (dP - (P * dP).sum(axis=-1, keepdims=True)) / math.sqrt(h)        # [B, K, G, T, S]
+    dq = (dA @ k).reshape(B, H, T, h)                                          # [B, H, T, h]
+    dk = (np.swapaxes(dA, -1, -2) @ q).sum(axis=2)                             # [B, K, G, S, h] -> [B, K, S, h]
+    return dq, dk, dv
+
+
+def swiglu(gate, up):  # gate [.., F], up [.., F] -> [.., F]
+    """silu(gate) * up  with  silu(g) = g sigma(g): an up-projection that a soft switch lets through."""
+    return gate * sigmoid(gate) * up
+
+
+def swiglu_backward(grad, gate, up):  # grad, gate, up [.., F] -> dgate [.., F], dup [.., F]
+    """sigma' = sigma (1 - sigma), so silu'(g) = sigma + g sigma (1 - sigma) = sigma (1 + g (1 - sigma)), and
+
+        dgate = grad * up * silu'(gate),    dup = grad * silu(gate)"""
+    s = sigmoid(gate)
+    return grad * up * s * (1.0 + gate * (1.0 - s)), grad * gate * s
+
+
+def cross_entropy(logits, labels):  # logits [N, V], labels [N] -> the sum (not the mean) over the rows with a label
+    """loss_n = -log softmax(z_n)[label_n] = log sum_v exp(z_nv) - z_n,label. Rows with the label -100 are left out."""
+    rows = np.flatnonzero(labels != IGNORE)                                    # [labelled]
+    z = logits[rows]                                                           # [labelled, V]
+    largest = z.max(axis=-1, keepdims=True)                                    # [labelled, 1]
+    log_sum = largest[:, 0] + np.log(np.exp(z - largest).sum(axis=-1))         # [labelled]
+    return float(np.sum(log_sum - z[np.arange(len(rows)), labels[rows]]))
+
+
+def cross_entropy_backward(logits, labels):  # logits [N, V], labels [N] -> dlogits [N, V] of the summed loss
+    """d/dz_v (log sum_u exp(z_u) - z_label) = exp(z_v) / sum_u exp(z_u) - [v = label] = softmax(z)_v - [v = label]."""
+    rows = np.flatnonzero(labels != IGNORE)
+    dlogits = np.zeros(logits.shape)
+    dlogits[rows] = softmax(logits[rows])
+    dlogits[rows, labels[rows]] -= 1.0
+    return dlogits
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The model. `weights` is a dict under the names of the published checkpoint; `config` has the published field names.
+# A layer keeps what its backward will need in `saved`. Forward and backward are mirror images, line by line.
+
+LAYER_WEIGHTS = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                 "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def layer_weights(weights, layer):  # -> {"input_layernorm": [D], "q_proj": [H*h, D], ..., "down_proj": [D, F]}
+    return {name.split(".")[-1]: weights[f"model.layers.{layer}.{name}.weight"] for name in LAYER_WEIGHTS}
+
+
+def split_heads(x, head_dim):  # [B, T, heads * h] -> [B, heads, T, h]
+    B, T, _ = x.shape
+    return x.reshape(B, T, -1, head_dim).swapaxes(1, 2)
+
+
+def merge_heads(x):  # [B, heads, T, h] -> [B, T, heads * h]
+    B, heads, T, h = x.shape
+    return x.swapaxes(1, 2).reshape(B, T, heads * h)
+
+
+def decoder_layer(x, w, config, cos, sin, past=None):  # x [B, T, D] -> [B, T, D], saved; past: k, v [B, K, S-T, h]
+    """x += attention(norm(x));  x += mlp(norm(x)). x is the residual stream: each half reads it and adds to it."""
+    x_norm = rms_norm(x, w["input_layernorm"], config.rms_norm_eps)                        # [B, T, D]
+    q = split_heads(linear(x_norm, w["q_proj"]), config.head_dim)                          # [B, H, T, h]
+    k = split_heads(linear(x_norm, w["k_proj"]), config.head_dim)                          # [B, K, T, h]
+    v = split_heads(linear(x_norm, w["v_proj"]), config.head_dim)                          # [B, K, T, h]
+    q, k = rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
+    if past is not None:  # keys are cached after their rotation: a position never changes
+        k, v = np.concatenate([past[0], k], axis=2), np.concatenate([past[1], v], axis=2)  # [B, K, S, h]
+    heads = merge_heads(grouped_query_attention(q, k, v))                                  # [B, T, H*h]
+    middle = x + linear(heads, w["o_proj"])                                                # [B, T, D]
+
+    middle_norm = rms_norm(middle, w["post_attention_layernorm"], config.rms_norm_eps)     # [B, T, D]
+    gate = linear(middle_norm, w["gate_proj"])                                             # [B, T, F]
+    up = linear(middle_norm, w["up_proj"])                                                 # [B, T, F]
+    hidden = swiglu(gate, up)                                                              # [B, T, F]
+    saved = dict(x=x, x_norm=x_norm, q=q, k=k, v=v, heads=heads,
+                 middle=middle, middle_norm=middle_norm, gate=gate, up=up, hidden=hidden)
+    return middle + linear(hidden, w["down_proj"]), saved
+
+
+def decoder_layer_backward(grad, saved, w, config, cos, sin):  # grad [B, T, D] -> dx [B, T, D], {name: gradient}
+    """The forward's lines in reverse. A value that was used twice (x, x_norm, middle, ..) adds up both gradients; in
+    particular the residual sum passes `grad` on unchanged beside what comes back through the branch."""
+    s, g = saved, {}
+    dhidden, g["down_proj"] = linear_backward(grad, s["hidden"], w["down_proj"])           # [B, T, F]
+    dgate, dup = swiglu_backward(dhidden, s["gate"], s["up"])                              # [B, T, F]
+    from_gate, g["gate_proj"] = linear_backward(dgate, s["middle_norm"], w["gate_proj"])   # [B, T, D]
+    from_up, g["up_proj"] = linear_backward(dup, s["middle_norm"], w["up_proj"])           # [B, T, D]
+    from_mlp, g["post_attention_layernorm"] = rms_norm_backward(
+        from_gate + from_up, s["middle"], w["post_attention_layernorm"], config.rms_norm_eps)
+    dmiddle = grad + from_mlp                                                              # [B, T, D]
+
+    dheads, g["o_proj"] = linear_backward(dmiddle, s["heads"], w["o_proj"])                # [B, T, H*h]
+    dq, dk, dv = grouped_query_attention_backward(split_heads(dheads, config.head_dim), s["q"], s["k"], s["v"])
+    dq, dk = rotary_embedding_backward(dq, cos, sin), rotary_embedding_backward(dk, cos, sin)
+    from_q, g["q_proj"] = linear_backward(merge_heads(dq), s["x_norm"], w["q_proj"])       # [B, T, D]
+    from_k, g["k_proj"] = linear_backward(merge_heads(dk), s["x_norm"], w["k_proj"])       # [B, T, D]
+    from_v, g["v_proj"] = linear_backward(merge_heads(dv), s["x_norm"], w["v_proj"])       # [B, T, D]
+    from_attention, g["input_layernorm"] = rms_norm_backward(
+        from_q + from_k + from_v, s["x"], w["input_layernorm"], config.rms_norm_eps)
+    return dmiddle + from_attention, g
+
+
+def danube3(input_ids, weights, config, cache=None):  # input_ids [B, T] -> logits [B, T, V]
+    """Embed, num_hidden_layers decoder layers, norm, project on the vocabulary.
+
+    cache: None, or a list that is empty (or all None) at first and afterwards holds one (k, v) per layer, each
+    [B, K, S, h]. It is extended in place; the new tokens then stand at the positions after the cached ones."""
+    if cache is not None and not cache:
+        cache.extend([None] * config.num_hidden_layers)
+    start = cache[0][0].shape[2] if cache and cache[0] is not None else 0
+    positions = np.arange(start, start + input_ids.shape[1])                               # [T]
+    cos, sin = rotary_table(positions, config.head_dim, config.rope_theta)                 # [T, h/2]
+    x = embedding(input_ids, weights["model.embed_tokens.weight"])                         # [B, T, D]
+    for layer in range(config.num_hidden_layers):
+        past = cache[layer] if cache else None
+        x, saved = decoder_layer(x, layer_weights(weights, layer), config, cos, sin, past)
+        if cache:
+            cache[layer] = (saved["k"], saved["v"])
+    x = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)                     # [B, T, D]
+    return linear(x, weights["lm_head.weight"])                                            # [B, T, V]
+
+
+def next_token_labels(labels):  # [B, T] -> [B * T]
+    """labels stand beside input_ids; the logits at t predict labels[t + 1], and the last ones predict nothing."""
+    nothing = np.full_like(labels[:, :1], IGNORE)
+    return np.concatenate([labels[:, 1:], nothing], axis=1).reshape(-1)
+
+
+def danube3_loss_and_gradients(input_ids, labels, weights, config):  # both [B, T] -> loss, count, {name: gradient}
+    """The summed loss, the number of labelled tokens, and the gradients of the SUM: sums over micro-batches simply add,
+    and one division by the total count makes the mean over the whole optimizer step."""
+    cos, sin = rotary_table(np.arange(input_ids.shape[1]), config.head_dim, config.rope_theta)
+    x = embedding(input_ids, weights["model.embed_tokens.weight"])                         # [B, T, D]
+    tape = []
+    for layer in range(config.num_hidden_layers):
+        x, saved = decoder_layer(x, layer_weights(weights, layer), config, cos, sin)
+        tape.append(saved)
+    x_norm = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)                # [B, T, D]
+    logits = linear(x_norm, weights["lm_head.weight"])                                     # [B, T, V]
+    rows, targets = logits.reshape(-1, logits.shape[-1]), next_token_labels(labels)        # [N, V], [N]
+    loss, count = cross_entropy(rows, targets), int(np.sum(targets != IGNORE))
+
+    grads = {}
+    dlogits = cross_entropy_backward(rows, targets).reshape(logits.shape)                  # [B, T, V]
+    dx, grads["lm_head.weight"] = linear_backward(dlogits, x_norm, weights["lm_head.weight"])
+    dx, grads["model.norm.weight"] = rms_norm_backward(dx, x, weights["model.norm.weight"], config.rms_norm_eps)
+    for layer in reversed(range(config.num_hidden_layers)):
+        dx, g = decoder_layer_backward(dx, tape[layer], layer_weights(weights, layer), config, cos, sin)
+        for name in LAYER_WEIGHTS:
+            grads[f"model.layers.{layer}.{name}.weight"] = g[name.split(".")[-1]]
+    vocab_size = weights["model.embed_tokens.weight"].shape[0]
+    grads["model.embed_tokens.weight"] = embedding_backward(dx, input_ids, vocab_size)     # [V, D]
+    return loss, count, grads
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Sampling.
+
+def filter_logits(logits, temperature, top_k, top_p):  # logits [V] -> probabilities [V]
+    """The distribution to draw the next token from. In this order:
+
+        temperature  z / temperature: below 1 sharpens, above 1 flattens (0, always the likeliest, is the caller's case)
+        top_k        keep the k largest; 0 = off; among equals the smaller id goes first
+        top_p        of what is left, renormalised, keep the fewest likeliest whose total reaches p (so at least one);
+                     1 = off
+
+    What is kept is renormalised; everything else has probability 0."""
+    assert temperature > 0
+    z = logits / temperature
+    order = np.argsort(-z, kind="stable")                       # ids, the likeliest first
+    if top_k > 0:
+        order = order[:top_k]
+    p = softmax(z[order])
+    if top_p < 1.0:
+        needed = 1 + int(np.sum(np.cumsum(p) < top_p))          # those short of p, and the one that reaches it
+        order, p = order[:needed], p[:needed]
+    probabilities = np.zeros(len(logits))
+    probabilities[order] = p / p.sum()
+    return probabilities
+
+
+def generate(input_ids, weights, config, max_new_tokens, use_cache):  # input_ids [B, T] -> [B, T + n]
+    """Greedy: append the likeliest token, max_new_tokens times or until every row has ended. A row that has ended is
+    filled with eos_token_id. With a cache only the newest token is computed, without it the whole row again."""
+    cache = [] if use_cache else None
+    new_ids, ended = input_ids, np.zeros(len(input_ids), dtype=bool)           # [B, T], [B]
+    for _ in range(max_new_tokens):
+        logits = danube3(new_ids if use_cache else input_ids, weights, config, cache)[:, -1]   # [B, V]
+        likeliest = np.where(ended, config.eos_token_id, logits.argmax(axis=-1))               # [B]
+        new_ids = likeliest[:, None]                                                           # [B, 1]
+        input_ids = np.concatenate([input_ids, new_ids], axis=1)                               # [B, T + 1]
+        ended = likeliest == config.eos_token_id  # stays true: a row that has ended was just given it again
+        if ended.all():
+            break
+    return input_ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Optimizer and schedule.
+
+def adamw_step(weight, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):  # all [..] -> weight, m, v
+    """One AdamW update; step counts from 1.
+
+        m = beta1 m + (1 - beta1) grad          running mean of the gradient
+        v = beta2 v + (1 - beta2) grad^2        running mean of its square
+        weight = weight (1 - lr weight_decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+
+    m and v start at 0, so after t steps the weights of the gradients in them sum to 1 - beta^t only; the divisions make
+    up for that. The decay is decoupled: it is no part of grad, so v does not rescale it."""
+    m = beta1 * m + (1.0 - beta1) * grad
+    v = beta2 * v + (1.0 - beta2) * grad**2
+    m_hat = m / (1.0 - beta1**step)
+    v_hat = v / (1.0 - beta2**step)
+    weight = weight * (1.0 - lr * weight_decay) - lr * m_hat / (np.sqrt(v_hat) + eps)
+    return weight, m, v
+
+
+def clip_gradients(grads, max_norm):  # {name: [..]} -> {name: [..]}, norm
+    """All gradients as one long vector: if it is longer than max_norm, shorten it to (all but) max_norm. The norm given
+    back is the one before clipping; the 1e-6 is PyTorch's guard against a division by zero."""
+    norm = math.sqrt(sum(float(np.sum(grad**2)) for grad in grads.values()))
+    scale = min(1.0, max_norm / (norm + 1e-6))
+    return {name: grad * scale for name, grad in grads.items()}, norm
+
+
+def learning_rate(step, total_steps, warmup_steps, peak, minimum):  # step 0 .. total_steps - 1 -> float
+    """Up a straight line, peak * (step + 1) / warmup_steps, so that step 0 already moves; then down half a cosine from
+    peak (at step warmup_steps) to minimum (at step total_steps - 1, and after it)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))  # 0 .. 1
+    return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The staged mixture: which source each row of a stage comes from.
+
+def mixture_rows(weights, rows):  # {source: integer weight} -> [rows] source names
+    """Deal the rows so that after every t of them source i has had its share t w_i / W to within one row, W = sum of w.
+    Nothing is random: of the released sources, the one with the earliest deadline, in exact integers. A source that has
+    had n rows
+
+        is released at row t    if n + 1 stays below t w_i / W + 1:       t w_i > n W
+        has its deadline at     the first t at which n would be a whole row short, t w_i / W >= n + 1:
+                                                                          t = (n + 1) W / w_i, rounded up
+
+    (equal deadlines: the order of the dict). Some source is always released, because sum_i t w_i = t W is greater than
+    sum_i n_i W = (t - 1) W. That all deadlines can be met is Tijdeman's theorem on the chairman assignment problem
+    (1980; schedulers know it as Pfair); for jobs of one row, earliest deadline first meets them if any order can."""
+    W = sum(weights.values())
+    had = {name: 0 for name in weights}
+    names = []
+    for t in range(1, rows + 1):
+        released = [name for name in weights if t * weights[name] > had[name] * W]  # a weight of 0 is never released
+        name = min(released, key=lambda i: -(-(had[i] + 1) * W // weights[i]))      # -(-a // b) is a / b rounded up
+        had[name] += 1
+        names.append(name)
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The training step.
+
+def train_steps(weights, batches, config, *, total_steps, warmup_steps, peak, minimum, beta1, beta2, eps, weight_decay,
+                grad_clip):  # batches[step][micro_batch] = (input_ids [B, T], labels [B, T]) -> weights, losses, norms
+    """Whole optimizer steps from fresh moments. Loss and gradients are summed over the micro-batches and divided once
+    by the labelled tokens of the whole step: dividing each micro-batch by its own count would give a token in a
+    sparsely labelled one more say. Matrices (embeddings included) decay; the gains of the norms do not."""
+    m = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    v = {name: np.zeros_like(weight) for name, weight in weights.items()}
+    losses, norms = [], []
+    for step, micro_batches in enumerate(batches):
+        loss, count = 0.0, 0
+        grads = {name: np.zeros_like(weight) for name, weight in weights.items()}
+        for input_ids, labels in micro_batches:
+            micro_loss, micro_count, micro_grads = danube3_loss_and_gradients(input_ids, labels, weights, config)
+            loss, count = loss + micro_loss, count + micro_count
+            grads = {name: grads[name] + micro_grads[name] for name in grads}
+        losses.append(loss / count)
+        grads, norm = clip_gradients({name: grad / count for name, grad in grads.items()}, grad_clip)
+        norms.append(norm)
+
+        lr = learning_rate(step, total_steps, warmup_steps, peak, minimum)
+        updated = {}
+        for name, weight in weights.items():
+            decay = weight_decay if weight.ndim >= 2 else 0.0
+            updated[name], m[name], v[name] = adamw_step(
+                weight, grads[name], m[name], v[name], step + 1, lr, beta1, beta2, eps, decay)
+        weights = updated
+    return weights, losses, norms

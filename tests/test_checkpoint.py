@@ -1,0 +1,221 @@
+"""Checkpoints: opened by transformers, opened from transformers, whole or absent, and every kind of damage named."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+import danube3
+from conftest import TINY, one_line_error, random_model, run, transformers_model
+
+
+@pytest.fixture
+def saved(tmp_path, tokenizer):
+    model = random_model(TINY)
+    danube3.save_checkpoint(tmp_path / "run" / "step-0000007", model, tokenizer)
+    return tmp_path / "run" / "step-0000007", model
+
+
+def test_round_trip(saved):
+    folder, model = saved
+    for path in (folder, folder.parent, str(folder)):
+        loaded, tokenizer = danube3.load_checkpoint(path)
+        assert loaded.config == TINY and not loaded.training and tokenizer.add_bos
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+        assert all(p.requires_grad and p.data_ptr() % 64 == 0 for p in loaded.parameters())
+    half, _ = danube3.load_checkpoint(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_transformers_opens_ours(saved):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, model = saved
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = AutoTokenizer.from_pretrained(folder)("Ada lives", return_tensors="pt").input_ids
+    assert ids[0].tolist() == danube3.load_checkpoint(folder)[1].encode_prompt("Ada lives")
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+    assert theirs.config.rope_parameters["rope_theta"] == TINY.rope_theta and theirs.config.head_dim == TINY.head_dim
+    assert theirs.generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shard", ["5GB", "40KB"])
+def test_we_open_theirs(dtype, shard, tmp_path, tokenizer):
+    model = random_model(TINY)
+    theirs = transformers_model(TINY, model.state_dict()).to(danube3.DTYPES[dtype])
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    shutil.copy(tokenizer.model_file, tmp_path / "tokenizer.model")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "40KB")
+    loaded, _ = danube3.load_checkpoint(tmp_path)
+    assert loaded.config == TINY and loaded.lm_head.weight.dtype == danube3.DTYPES[dtype]
+    ids = torch.randint(3, TINY.vocab_size, (2, 9))
+    with torch.no_grad():
+        expected = theirs(ids).logits.float()
+        assert (loaded(ids) - expected).abs().max() < {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}[dtype] * expected.abs().max()
+
+
+def test_published_names_and_fields(saved):
+    folder, model = saved
+    names = set(transformers_model(TINY, model.state_dict()).state_dict())
+    assert set(safetensors.torch.load_file(folder / "model.safetensors")) == names
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["rope_theta"] == 100_000.0 and config["head_dim"] == 6
+
+
+def test_older_and_newer_rope_fields(saved):
+    folder, _ = saved
+    raw = json.loads((folder / "config.json").read_text())
+    theta = raw.pop("rope_theta")
+    for change in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}},
+                   {"rope_theta": theta, "rope_scaling": None}):
+        (folder / "config.json").write_text(json.dumps({**raw, **change}))
+        assert danube3.read_config(folder) == TINY
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model_type": "gpt2"}, "only Llama"), ({"attention_bias": True}, "attention_bias = True is not part"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"), ({"hidden_size": None}, "lacks hidden_size"),
+    ({"hidden_size": "large"}, "hidden_size is 'large'"), ({"hidden_size": 48}, "is not what config.json makes it"),
+    ({"num_hidden_layers": 3}, "lacks 9 tensors"), ({"num_hidden_layers": 1}, "is not what config.json makes it"),
+    ({"eos_token_id": [2, 3]}, "eos_token_id"), ({"vocab_size": 320}, "is not what config.json makes it")])
+def test_configurations_refused(saved, change, words):
+    folder, _ = saved
+    raw = {**json.loads((folder / "config.json").read_text()), **change}
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / danube3.DIGESTS).unlink()
+    with pytest.raises(danube3.DanubeError, match=words):
+        danube3.load_checkpoint(folder)
+
+
+def flip_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {"truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]), "a byte flipped": flip_byte,
+           "emptied": lambda path: path.write_bytes(b""), "removed": lambda path: path.unlink(),
+           "header only": lambda path: path.write_bytes(path.read_bytes()[:200])}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model", "tokenizer_config.json"])
+def test_damaged_files(saved, name, how):
+    """With digests, every change is noticed; without (a downloaded folder), all that cannot be read."""
+    folder, _ = saved
+    DAMAGES[how](folder / name)
+    with pytest.raises(danube3.DanubeError, match=name if name != "config.json" or how != "removed" else "step-0000007"):
+        danube3.load_checkpoint(folder)
+    (folder / danube3.DIGESTS).unlink()
+    readable = how == "a byte flipped" or (name, how) == ("tokenizer_config.json", "removed") or name == "tokenizer.model" and how != "removed"
+    try:
+        danube3.load_checkpoint(folder)
+    except danube3.DanubeError:
+        return
+    assert readable
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        danube3.save_checkpoint(tmp_path / "run" / "step-0000001", random_model(TINY), tokenizer)
+    assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(danube3.DanubeError, match="is no checkpoint"):
+        danube3.find_checkpoint(tmp_path / "run")
+
+
+def test_written_whole_before_it_is_named(tmp_path, tokenizer, monkeypatch):
+    """At the moment of renaming, all files are there, are synced, and the old checkpoint still exists."""
+    synced, rename = [], danube3.Path.rename
+    monkeypatch.setattr(danube3, "sync", lambda path: synced.append(path.name))
+
+    def check(self, target):
+        if target.name == "step-0000002":
+            assert {p.name for p in self.iterdir()} <= set(synced) and self.name in synced
+            assert {"model.safetensors", "config.json", "trainer.pt", danube3.DIGESTS} <= set(synced)
+            assert not target.exists()
+        return rename(self, target)
+
+    monkeypatch.setattr(danube3.Path, "rename", check)
+    danube3.save_checkpoint(tmp_path / "step-0000002", random_model(TINY), tokenizer, {"step": 2})
+    assert synced[-1] == tmp_path.name
+
+
+def test_trainer_state_runs_no_code(tmp_path, tokenizer):
+    """A trainer.pt that is a hostile pickle is refused without being run."""
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    folder = tmp_path / "run" / "step-0000003"
+    danube3.save_checkpoint(folder, random_model(TINY), tokenizer)
+    torch.save({"step": Hostile()}, folder / "trainer.pt")
+    model = danube3.Danube3(TINY)
+    recipe = dataclasses.replace(danube3.RECIPES["toy"])
+    with pytest.raises(danube3.DanubeError, match="trainer.pt is damaged"):
+        danube3.Run(tmp_path / "run", model, tokenizer, danube3.make_optimizer(model, recipe), {}, resume=True)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("path, words", [("nowhere", "does not exist"), ("", "is no checkpoint")])
+def test_sample_without_a_checkpoint(tmp_path, path, words):
+    assert words in one_line_error(run("sample.py", tmp_path / path, "Once"))
+
+
+def test_sample_speaks_from_a_folder_by_transformers(tmp_path, tokenizer):
+    """sample.py on a folder that transformers wrote, in bf16 and shards: the continuation is transformers' own, decoded."""
+    from transformers import AutoTokenizer
+    theirs = transformers_model(TINY, random_model(TINY).state_dict()).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
+    shutil.copy(tokenizer.model_file, tmp_path / "tokenizer.model")
+    result = run("sample.py", tmp_path, "Ada lives", "--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32")
+    ids = torch.tensor([tokenizer.encode_prompt("Ada lives")])
+    expected = theirs.float().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
+    expected = expected[:expected.index(2)] if 2 in expected else expected
+    assert result.returncode == 0 and result.stdout == tokenizer.decode(expected) + "\n", result.stderr
+    assert AutoTokenizer  # the tokenizer itself is compared in test_tokenizer.py
+
+
+def test_sample_says_when_the_context_is_full(saved):
+    folder, _ = saved
+    config = json.loads((folder / "config.json").read_text())
+    result = run("sample.py", folder, "Ada lives", "--max-new-tokens", 500, "--seed", 4, "--temperature", 5)
+    assert result.returncode == 0 and (config["max_position_embeddings"], "context of 64 tokens is full" in result.stderr) == (64, True)
+    long = one_line_error(run("sample.py", folder, "geese " * 200))
+    assert "does not fit a context" in long
+
+
+@pytest.mark.parametrize("flags, words", [(["--temperature", "-1"], "--temperature"), (["--top-p", "0"], "--top-p"),
+                                          (["--dtype", "int3"], "--dtype"), (["--eval", "x.jsonl"], "cannot go together"),
+                                          (["--device", "abacus"], "abacus")])
+def test_sample_flags_refused(saved, flags, words):
+    assert words in one_line_error(run("sample.py", saved[0], "Once", *flags))
+
+
+def test_multiple_choice_by_hand(saved):
+    """Scores against the definition, computed one choice at a time without a batch."""
+    folder, model = saved
+    _, tokenizer = danube3.load_checkpoint(folder)
+    questions = [{"prompt": "Ada", "choices": [" lives", " keeps geese", "m"], "answer": 0},
+                 {"prompt": "She has", "choices": [" 2", " none \U0001F600 at all", " geese"], "answer": 1}]
+    expected = []
+    for question in questions:
+        prompt, scores = tokenizer.encode_prompt(question["prompt"]), []
+        for choice in question["choices"]:
+            ids = tokenizer.encode_prompt(question["prompt"] + choice)
+            start = next(i for i in range(len(ids)) if ids[:i + 1] != prompt[:i + 1])
+            log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+            scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
+        expected.append(scores.index(max(scores)))
+    assert danube3.multiple_choice(model, tokenizer, questions) == expected
+    rows = [(tokenizer.encode_prompt(text), 1) for text in ("Ada lives in Marrow.", "She", "He keeps 2 geese")]
+    alone = [danube3.continuation_log_likelihood(model, [row])[0] for row in rows]
+    assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
+    with pytest.raises(danube3.DanubeError, match='question 1 lacks'):
+        danube3.multiple_choice(model, tokenizer, [{"prompt": "x"}])

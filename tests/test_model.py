@@ -1,0 +1,155 @@
+"""Kernels, model and generation against transformers, and the properties that no rewrite may break."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import danube3
+from conftest import TINY, random_model, transformers_model
+
+WIDE = dataclasses.replace(danube3.CONFIGS["4b"], num_hidden_layers=2, vocab_size=1_000)  # 0.3 billion parameters
+
+
+@pytest.mark.parametrize("config", [danube3.CONFIGS["toy"], TINY, WIDE], ids=["toy", "tiny", "2 layers of 4b"])
+def test_logits_and_loss_equal_transformers(config):
+    ours = random_model(config)
+    theirs = transformers_model(config, ours.state_dict())
+    ids = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(7))
+    labels = ids.clone()
+    labels[0, :9], labels[1, 20:] = danube3.IGNORE, danube3.IGNORE
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, labels=labels)
+        assert (ours(ids) - expected.logits).abs().max() < 1e-4
+        mean = ours(ids, labels) / (labels[:, 1:] != danube3.IGNORE).sum()
+    torch.testing.assert_close(mean, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [danube3.CONFIGS["toy"], TINY], ids=["toy", "tiny"])
+def test_greedy_equals_transformers(config):
+    config = dataclasses.replace(config, max_position_embeddings=256)
+    ours = random_model(config, seed=3)
+    theirs = transformers_model(config, ours.state_dict())
+    ids = torch.randint(3, config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(8))
+    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0)
+    assert torch.equal(danube3.generate(ours, ids, 64), expected)
+
+
+def test_gradients_equal_transformers():
+    ours = random_model(TINY, dtype=torch.float64)
+    theirs = transformers_model(TINY, ours.state_dict()).double()
+    ids = torch.randint(0, TINY.vocab_size, (3, 17))
+    (ours(ids, ids) / (3 * 16)).backward()
+    theirs(input_ids=ids, labels=ids).loss.backward()
+    for name, q in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)  # their rotary table is fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotary_survives_half_precision(dtype):
+    """After .half() positions far out are still told apart: the tables are exactly those of an fp32 model."""
+    model = random_model(TINY, dtype=torch.float32).to(dtype)
+    assert not list(model.buffers())
+    cos, sin = danube3.rotary_table(8_000, 8_010, TINY.head_dim, TINY.rope_theta, torch.device("cpu"))
+    assert cos.dtype == sin.dtype == torch.float32
+    exact = torch.arange(8_000, 8_010, dtype=torch.float64)[:, None] * TINY.rope_theta ** (
+        -torch.arange(0, TINY.head_dim, 2, dtype=torch.float64) / TINY.head_dim)
+    torch.testing.assert_close(cos.double(), exact.cos(), atol=1e-3, rtol=0)
+    x = torch.randn(1, 2, 10, TINY.head_dim).to(dtype)
+    turned = danube3.rotary_embedding(x, cos, sin)
+    assert turned.dtype == dtype
+    torch.testing.assert_close(turned, danube3.rotary_embedding(x.float(), cos, sin).to(dtype))
+    assert model(torch.randint(0, 330, (1, 9))).dtype == torch.float32
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 33])
+def test_cache_equals_no_cache(T):
+    """A prompt fed in any two pieces, then token by token, gives the logits of the whole."""
+    model, ids = random_model(TINY, dtype=torch.float64), torch.randint(0, TINY.vocab_size, (2, T + 3))
+    whole = model.model(ids)
+    for split in range(1, T + 1):
+        cache = danube3.KVCache(TINY, 2, T + 3, torch.float64, ids.device)
+        pieces = [ids[:, :split], ids[:, split:T], *ids[:, T:].split(1, dim=1)]
+        hidden = torch.cat([model.model(piece, cache) for piece in pieces if piece.shape[1]], dim=1)
+        torch.testing.assert_close(hidden, whole, atol=1e-10, rtol=1e-6)
+    with pytest.raises(danube3.DanubeError, match="do not fit"):
+        model.model(ids[:, :1], cache)
+
+
+def test_a_later_token_changes_nothing_before_it():
+    model, ids = random_model(TINY), torch.randint(0, TINY.vocab_size, (1, 12))
+    before = model(ids)
+    for t in range(1, 12):
+        changed = ids.clone()
+        changed[0, t] = (ids[0, t] + 1) % TINY.vocab_size
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t]) or (after[:, :t] - before[:, :t]).abs().max() < 1e-6
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-3
+
+
+def test_loss_in_blocks_is_the_loss(monkeypatch):
+    model, ids = random_model(TINY, dtype=torch.float64), torch.randint(0, TINY.vocab_size, (3, 11))
+    labels = ids.masked_fill(torch.rand(3, 11) < 0.3, danube3.IGNORE)
+    whole = model(ids, labels)
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    for rows in (1, 4, 32):
+        monkeypatch.setattr(danube3, "LOGIT_ROWS", rows)
+        loss = model(ids, labels)
+        torch.testing.assert_close(loss, whole)
+        for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected):
+            torch.testing.assert_close(a, b)
+
+
+def test_initial_weights():
+    config = danube3.CONFIGS["toy"]
+    model, again = (danube3.Danube3(config).init_weights(5) for _ in range(2))
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(p, q)
+        if p.dim() == 2:
+            assert abs(p.std() / config.initializer_range - 1) < 0.02 and abs(p.mean()) < config.initializer_range / 20, name
+        else:
+            assert torch.equal(p, torch.ones_like(p))
+    assert not torch.equal(model.lm_head.weight, danube3.Danube3(config).init_weights(6).lm_head.weight)
+    loss = model(ids := torch.randint(0, 1024, (4, 64)), ids).item() / (4 * 63)
+    assert abs(loss - 6.93) < 0.4  # ln 1024: it knows nothing
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.5, 9, 0.6), (1.0, 1, 1.0),
+                                                       (1.0, 0, 1e-6), (2.0, 400, 0.95)])
+def test_sampling_filters_equal_transformers(temperature, top_k, top_p):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    logits = torch.randn(5, 330) * 3
+    warpers = [TemperatureLogitsWarper(temperature)] + [TopKLogitsWarper(k) for k in [top_k] if k] + [
+        TopPLogitsWarper(p) for p in [top_p] if p < 1]
+    expected = LogitsProcessorList(warpers)(None, logits).softmax(-1)
+    torch.testing.assert_close(danube3.next_token_probabilities(logits, temperature, top_k, top_p), expected)
+
+
+def test_sampling_follows_the_probabilities():
+    """4,000 draws of the first token against the model's own distribution, and the seed decides."""
+    model, ids = random_model(TINY), torch.tensor([[5, 9, 7]])
+    rows = ids.expand(4000, 3)
+    first = danube3.generate(model, rows, 1, temperature=0.8, top_k=12, seed=1)[:, 3]
+    expected = danube3.next_token_probabilities(model(ids)[:, -1], 0.8, 12)[0]
+    counts = torch.bincount(first, minlength=330) / 4000
+    assert (counts - expected).abs().max() < 0.04 and counts[expected == 0].sum() == 0
+    assert torch.equal(first, danube3.generate(model, rows, 1, temperature=0.8, top_k=12, seed=1)[:, 3])
+    assert not torch.equal(first, danube3.generate(model, rows, 1, temperature=0.8, top_k=12, seed=2)[:, 3])
+
+
+def test_generation_stops():
+    """At </s>, row by row; at the number of tokens; at the context."""
+    model, ids = random_model(TINY), torch.randint(3, 330, (3, 8))
+    free = danube3.generate(model, ids, 20)
+    eos = int(free[0, 8 + 4])
+    stopping = random_model(dataclasses.replace(TINY, eos_token_id=eos))
+    out = danube3.generate(stopping, ids, 20)
+    for row, reference in zip(out[:, 8:].tolist(), free[:, 8:].tolist()):
+        end = reference.index(eos) if eos in reference else len(reference)
+        assert row[:end + 1] == reference[:end + 1][:len(row)] and set(row[end:]) <= {eos}
+    assert danube3.generate(stopping, ids[:1], 20).shape[1] <= 8 + 5
+    full = danube3.generate(model, ids, 10_000)
+    assert full.shape[1] == TINY.max_position_embeddings or (full[:, -1] == 2).all()
+    with pytest.raises(danube3.DanubeError, match="does not fit"):
+        danube3.generate(model, torch.zeros(1, 65, dtype=torch.long), 1)
+    assert torch.equal(danube3.generate(model, torch.full((1, 64), 7), 5), torch.full((1, 64), 7))

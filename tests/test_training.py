@@ -1,0 +1,290 @@
+"""The loop: against transformers with torch's AdamW, against itself after kills, and with bad input at the door."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+
+import danube3
+import reference
+from conftest import ROOT, TINY, one_line_error, random_model, run, transformers_model
+
+SMALL = ("--tokens", "41k", "--device", "cpu")  # 20 steps of 2,048 tokens: 10, 5 and 5 in the three stages
+
+
+def toy_recipe(**changes):
+    return dataclasses.replace(danube3.RECIPES["toy"].scaled_to(41_000), **changes)
+
+
+def test_twenty_steps_equal_transformers(toy_data):
+    """Our loop and a plain one of transformers and torch.optim.AdamW: the same weights and batches, the same losses."""
+    config, recipe = danube3.CONFIGS["toy"], toy_recipe(micro_batch_size=4)
+    data = danube3.TokenData(toy_data, config, recipe.sequence_length)
+    batches, model = danube3.StagedData(data, recipe), random_model(config).train()
+    theirs = transformers_model(config, model.state_dict(), pad_token_id=None).train()
+    ours, plain = danube3.make_optimizer(model, recipe), torch.optim.AdamW([
+        {"params": [p for name, p in theirs.named_parameters() if "norm" not in name], "weight_decay": recipe.weight_decay},
+        {"params": [p for name, p in theirs.named_parameters() if "norm" in name], "weight_decay": 0.0}],
+        lr=1.0, betas=(recipe.beta1, recipe.beta2), eps=recipe.adam_eps)
+    for step in range(recipe.total_steps):
+        input_ids, labels = batches.batch(step)
+        loss, norm = danube3.train_step(model, ours, input_ids, labels, recipe, step)
+        for group in plain.param_groups:
+            group["lr"] = reference.learning_rate(step, recipe.total_steps, 1, recipe.learning_rate, recipe.min_learning_rate)
+        expected = theirs(input_ids=input_ids, labels=labels).loss
+        expected.backward()
+        expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), recipe.grad_clip)
+        plain.step()
+        plain.zero_grad()
+        assert abs(loss - expected.item()) < 1e-4 and abs(norm - expected_norm.item()) < 1e-3 * expected_norm, step
+    assert recipe.total_steps == 20
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+def test_accumulation_changes_nothing(micro_batch_size):
+    """Ragged labels: eight rows at once and one by one make the same step."""
+    ids = torch.randint(3, TINY.vocab_size, (8, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(12) < torch.arange(8)[:, None], danube3.IGNORE)  # 11 .. 4 labels a row
+    recipe = dataclasses.replace(danube3.RECIPES["toy"], sequence_length=12, tokens_per_step=96, micro_batch_size=8)
+    results = []
+    for size in (8, micro_batch_size):
+        model = random_model(TINY, dtype=torch.float64)
+        optimizer = danube3.make_optimizer(model, recipe)
+        loss, norm = danube3.train_step(model, optimizer, ids, labels, dataclasses.replace(recipe, micro_batch_size=size), 500)
+        results.append((loss, norm, *model.parameters()))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_decay_on_matrices_only():
+    """With no gradient to follow, a step shrinks matrices by lr x decay and leaves gains alone."""
+    recipe, model = danube3.RECIPES["toy"], random_model(TINY)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = danube3.make_optimizer(model, recipe)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        shrink = 1 - recipe.learning_rate * recipe.weight_decay * ("norm" not in name)
+        torch.testing.assert_close(p.data, before[name] * shrink)
+
+
+def test_learning_rate_is_the_reference():
+    for recipe in (danube3.RECIPES["toy"], toy_recipe(), toy_recipe(min_learning_rate=1e-3, warmup_fraction=0.4)):
+        total, warmup = recipe.total_steps, max(1, round(recipe.warmup_fraction * recipe.total_steps))
+        rates = [danube3.learning_rate(step, recipe) for step in range(total)]
+        expected = [reference.learning_rate(s, total, warmup, recipe.learning_rate, recipe.min_learning_rate) for s in range(total)]
+        assert rates == pytest.approx(expected, rel=1e-12)
+        assert rates[-1] == pytest.approx(recipe.min_learning_rate, abs=1e-15) and max(rates) == pytest.approx(recipe.learning_rate)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs, by kill
+
+def command(data, out, *flags):
+    return [sys.executable, "train.py", "--data", str(data), "--out", str(out), *SMALL, "--save-every", "4", *flags]
+
+
+def final_weights(out):
+    return (danube3.find_checkpoint(out) / "model.safetensors").read_bytes()
+
+
+def losses(out):
+    """metrics.jsonl without what time it was: [(step, loss or validation losses)]"""
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(e["step"], e["stage"], e["tokens"], e.get("loss"), e.get("val_loss")) for e in entries]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "whole"
+    result = subprocess.run(command(toy_data, out), cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    return out, result
+
+
+def test_a_run_from_the_command_line(undisturbed, toy_data):
+    out, result = undisturbed
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.jsonl", "step-0000020"]
+    assert "held-out questions right" in result.stdout and "--- a sample" in result.stdout
+    assert re.search(r"stage 3.* 20/20 .*loss \d+\.\d+, [\d,]+ tokens/s, \d+% of peak", result.stderr.replace("\r", "\n"))
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [e for e in entries if "loss" in e]
+    assert [e["step"] for e in steps] == list(range(1, 21)) and [e["tokens"] for e in steps] == [2048 * i for i in range(1, 21)]
+    assert [e["stage"][-1] for e in steps] == ["1"] * 10 + ["2"] * 5 + ["3"] * 5
+    assert all(set(e) == {"step", "stage", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"} for e in steps)
+    checks = [e for e in entries if "val_loss" in e]
+    assert [(e["step"], e["stage"][-1]) for e in checks] == [(0, "1"), (10, "1"), (15, "2"), (20, "3")]
+    assert all(set(e["val_loss"]) == set(danube3.SOURCES) for e in checks)
+    assert steps[-1]["loss"] < 5 < steps[0]["loss"] and all(0 < e["mfu"] < 1.5 for e in steps)
+    model, tokenizer = danube3.load_checkpoint(out)
+    recipe = toy_recipe()
+    again = danube3.validation_losses(model, danube3.TokenData(toy_data, model.config, 128), recipe)
+    assert again == pytest.approx(checks[-1]["val_loss"], rel=1e-5)
+
+
+def test_validation_loss_is_the_mean_over_tokens(toy_data):
+    config, recipe = danube3.CONFIGS["toy"], toy_recipe(micro_batch_size=8)
+    data, model = danube3.TokenData(toy_data, config, 128), random_model(config)
+    source = data.open("other", "val")
+    picks = sorted({i * source.windows // danube3.VALIDATION_ROWS for i in range(danube3.VALIDATION_ROWS)})
+    ids = torch.stack([torch.from_numpy(source.window(i)) for i in picks])
+    logits = model(ids)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.reshape(-1, config.vocab_size), ids[:, 1:].reshape(-1))
+    assert danube3.validation_losses(model, data, recipe)["other"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def kill_when(process, out, step):
+    """SIGKILL as soon as metrics.jsonl has a line of this step."""
+    while process.poll() is None:
+        if (out / "metrics.jsonl").exists() and f'"step": {step}, ' in (out / "metrics.jsonl").read_text():
+            process.kill()
+        time.sleep(0.005)
+    process.wait()
+
+
+def test_killed_twice_ends_in_the_same_bits(undisturbed, toy_data, tmp_path):
+    """Killed in stage 1, and again after resuming across the boundary to stage 2: weights and metrics as if nothing had been."""
+    out = tmp_path / "killed"
+    for flags, step in (([], 7), (["--resume"], 13)):
+        process = subprocess.Popen(command(toy_data, out, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        kill_when(process, out, step)
+        assert process.returncode == -signal.SIGKILL
+        assert danube3.checkpoints_in(out)
+    (out / "step-0000099.partial").mkdir()  # as a kill in the middle of writing leaves it
+    assert danube3.find_checkpoint(out).name in ("step-0000010", "step-0000012")
+    result = subprocess.run(command(toy_data, out, "--resume"), cwd=ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert final_weights(out) == final_weights(undisturbed[0])
+    assert losses(out) == losses(undisturbed[0])
+    assert not list(out.glob("*.partial"))
+
+
+def test_interrupted_run_finishes_its_step(undisturbed, toy_data, tmp_path):
+    """Ctrl-C: the step is finished, saved, the way to go on is said, and it works."""
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(command(toy_data, out), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not ((out / "metrics.jsonl").exists() and '"step": 5, ' in (out / "metrics.jsonl").read_text()):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    step = int(danube3.find_checkpoint(out).name[-7:])
+    assert 5 <= step < 20 and losses(out)[-1][0] == step
+    again = re.search(r"go on with: python (.*)", stdout).group(1).split()
+    assert again[0] == "train.py" and again[-1] == "--resume"
+    assert run(*again).returncode == 0
+    assert final_weights(out) == final_weights(undisturbed[0])
+
+
+def test_resuming_a_finished_run_changes_nothing(undisturbed, toy_data, tmp_path):
+    out = shutil.copytree(undisturbed[0], tmp_path / "copy")
+    assert run(*command(toy_data, out, "--resume")[1:]).returncode == 0
+    assert final_weights(out) == final_weights(undisturbed[0]) and losses(out) == losses(undisturbed[0])
+
+
+def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path):
+    out = shutil.copytree(undisturbed[0], tmp_path / "copy")
+    assert run(*command(toy_data, out, "--resume", "--micro-batch-size", 4)[1:]).returncode == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--tokens", "82k", "--resume"], "another recipe: stages"), (["--learning-rate", "0.1", "--resume"], "another recipe: learning_rate"),
+    ([], "already holds a run: add --resume .* or choose another --out")])
+def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
+    out, _ = undisturbed
+    before = final_weights(out), losses(out)
+    assert re.search(words, one_line_error(run(*command(toy_data, out, *flags)[1:])))
+    assert (final_weights(out), losses(out)) == before
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--config", "9b"], "invalid choice: '9b'"), (["--tokens", "many"], "no token count"), (["--tokens", "5"], "less than one step"),
+    (["--resume"], "nothing to resume"), (["--micro-batch-size", "3"], "is not a whole number of micro-batches .* --tokens-per-step"),
+    (["--micro-batch-size", "0"], "at least 1"), (["--learning-rate", "-1"], "learning rate"), (["--device", "abacus"], "abacus"),
+    (["--config", "500m", "--data", "nowhere"], "no data at nowhere"), (["--data", "nowhere"], "no data at nowhere"),
+    (["--config", "500m", "--tokens", "10G"], "no token count"), (["--frobnicate"], "--frobnicate")])
+def test_bad_flags_get_one_line(flags, words, tmp_path):
+    out = tmp_path / "run"
+    assert re.search(words, one_line_error(run("train.py", "--out", out, *flags)))
+    assert not out.exists()
+
+
+def test_the_plan_of_500m():
+    """Without its data, the real run is described in one screen, and how to get the data is said."""
+    result = run("train.py", "--config", "500m")
+    assert "data/prepare.py" in one_line_error(result)
+    assert len(result.stdout.splitlines()) < 24
+    for fact in ("513,590,784", "2,799,999,909,888", "90.6%", "81.7%", "51.6%", "memory", "floating-point operations"):
+        assert fact in result.stdout
+    assert run("train.py", "--config", "500m", "--dry-run").stdout == result.stdout
+
+
+# ------------------------------------------------------------------------------------------------ numbers that are none
+
+class Poisoned:
+    """Batches whose steps from `first` on, `count` of them, blow the model up."""
+
+    def __init__(self, batches, model, first, count):
+        self.batches, self.recipe, self.model, self.steps = batches, batches.recipe, model, range(first, first + count)
+
+    def batch(self, step):
+        self.model.model.norm.eps = math.nan if step in self.steps else TINY.rms_norm_eps
+        return self.batches.batch(step)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_losses_that_are_not_finite(count, toy_data, tmp_path, tokenizer):
+    """Up to four bad steps in a row are skipped, with the weights as they were; the fifth ends the run."""
+    config = danube3.CONFIGS["toy"]
+    recipe = toy_recipe(save_every=4)
+    data = danube3.TokenData(toy_data, config, recipe.sequence_length)
+    model = danube3.Danube3(config).init_weights(0)
+    run_ = danube3.Run(tmp_path, model, data.tokenizer, danube3.make_optimizer(model, recipe), {}, resume=False)
+    poisoned = Poisoned(danube3.StagedData(data, recipe), model, 5, count)
+    if count < 5:
+        assert danube3.train(run_, poisoned, dict)
+        assert all(p.isfinite().all() for p in model.parameters())
+    else:
+        with pytest.raises(danube3.DanubeError, match="5 steps in a row, up to step 10;"):
+            danube3.train(run_, poisoned, dict)
+        kept = safetensors.torch.load_file(danube3.find_checkpoint(tmp_path) / "model.safetensors")
+        assert all(w.isfinite().all() for w in kept.values()) and danube3.find_checkpoint(tmp_path).name == "step-0000008"
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in lines if "lr" in e and e["loss"] is None] == list(range(6, 6 + count))
+
+
+def test_a_skipped_step_leaves_weights_and_moments():
+    recipe, model = danube3.RECIPES["toy"], random_model(TINY)
+    recipe = dataclasses.replace(recipe, sequence_length=8, tokens_per_step=16, micro_batch_size=2)
+    optimizer, ids = danube3.make_optimizer(model, recipe), torch.randint(0, 330, (2, 8))
+    danube3.train_step(model, optimizer, ids, ids, recipe, 0)
+    before = [p.clone() for p in model.parameters()], [s["exp_avg"].clone() for s in optimizer.state.values()]
+    model.model.norm.eps = math.inf * 0
+    loss, _ = danube3.train_step(model, optimizer, ids, ids, recipe, 1)
+    assert math.isnan(loss)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters()))
+    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(before[1], optimizer.state.values()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_interrupt_handler_is_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with danube3.interruptible() as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert requests == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+    assert signal.getsignal(signal.SIGINT) == before
