@@ -65,7 +65,7 @@ class DanubeError(Exception):
 # What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers. The
 # field names of DanubeConfig are those of the published config.json, so that a downloaded folder needs no translation.
 # Look at head_dim: it is a number of its own. In the 4B model 32 heads of 120 make 3,840 = hidden_size, but nothing in
-# the architecture asks for that, and our toy (2 heads of 96 on a hidden size of 160) does not do it.
+# the architecture asks for that, and our toy (2 heads of 96 on a hidden size of 128) does not do it.
 # ======================================================================================================================
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class DanubeConfig:
         for field in fields(self):
             value, integer = getattr(self, field.name), field.type is int
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-                raise DanubeError(f"config: {field.name} is {value!r}: give it {'an integer' if integer else 'a number'}")
+                kind = "an integer" if integer else "a number"
+                raise DanubeError(f"config: {field.name} is {value!r}: give it {kind}")
             if not math.isfinite(value) or value < 0 or value == 0 and not field.name.endswith("_token_id"):
                 raise DanubeError(f"config: {field.name} is {value}: it must be positive")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -105,7 +106,7 @@ class DanubeConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of pre-training with one mixture. `mixture` gives each source an integer weight, here in thousandths."""
+    """A stretch of training with one mixture, which gives each source an integer weight (here in thousandths)."""
 
     name: str
     tokens: int
@@ -138,10 +139,10 @@ class Recipe:
         if min(self.sequence_length, self.tokens_per_step, self.micro_batch_size, self.save_every) < 1:
             raise DanubeError("sequence length, tokens per step, micro-batch size and save interval must be at least 1")
         if rest or rows % self.micro_batch_size:
-            row_tokens = self.micro_batch_size * self.sequence_length
-            raise DanubeError(
-                f"a step of {self.tokens_per_step:,} tokens is not a whole number of micro-batches of {self.micro_batch_size} "
-                f"x {self.sequence_length} = {row_tokens:,}: use --tokens-per-step {max(1, self.tokens_per_step // row_tokens) * row_tokens}")
+            micro_batch = self.micro_batch_size * self.sequence_length
+            raise DanubeError(f"a step of {self.tokens_per_step:,} tokens is not a whole number of micro-batches of "
+                              f"{self.micro_batch_size} x {self.sequence_length} = {micro_batch:,}: use "
+                              f"--tokens-per-step {max(1, self.tokens_per_step // max(1, micro_batch)) * micro_batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise DanubeError(f"the learning rate is {self.learning_rate}: it must be a positive number")
 
@@ -194,7 +195,7 @@ def danube_stages(*tokens: int) -> tuple[Stage, ...]:
 
 CONFIGS = {
     # [C] A toy that two laptop cores train in minutes: few heads, because small matrices are slow matrices.
-    "toy": DanubeConfig(hidden_size=160, intermediate_size=448, num_hidden_layers=4, num_attention_heads=2,
+    "toy": DanubeConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
                         num_key_value_heads=1, head_dim=96, initializer_range=0.04, vocab_size=1_024,
                         max_position_embeddings=256),
     "500m": DanubeConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16,
@@ -206,8 +207,8 @@ CONFIGS = {
 # The stage lengths of 500m and 4b are quoted from memory of the report; their sums, 4T and 6T tokens, are published.
 T12 = 10 ** 12
 RECIPES = {
-    "toy": Recipe(danube_stages(800_000, 400_000, 400_000), sequence_length=128, tokens_per_step=2_048,
-                  micro_batch_size=16, learning_rate=6e-3, save_every=200),
+    "toy": Recipe(danube_stages(800_000, 400_000, 400_000), sequence_length=128, tokens_per_step=1_024,
+                  micro_batch_size=8, learning_rate=3e-3, save_every=400),
     "500m": Recipe(danube_stages(28 * T12 // 10, 115 * T12 // 100, 5 * T12 // 100), sequence_length=8_192,
                    tokens_per_step=2 ** 21, micro_batch_size=4, learning_rate=4e-4, min_learning_rate=4e-6),
     "4b": Recipe(danube_stages(46 * T12 // 10, 135 * T12 // 100, 5 * T12 // 100), sequence_length=8_192,
@@ -218,7 +219,7 @@ RECIPES = {
 def count_parameters(config: DanubeConfig) -> int:
     """Numbers in the model: 513,590,784 for 500m and 3,961,839,360 for 4b [R]."""
     c = config
-    attention = 2 * c.hidden_size * c.num_attention_heads * c.head_dim + 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # q and o, k and v
     layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size      # + two norms
     return c.num_hidden_layers * layer + c.hidden_size + 2 * c.vocab_size * c.hidden_size  # + last norm, two embeddings
 
@@ -353,10 +354,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> 
 # The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text; </s> is the control
 # token. A system message is refused. The template in Jinja is for other programs; ours is render_chat.
 CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
-CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|prompt|>' + message['content'] + "
-                 "eos_token }}{% elif message['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-                 "{% elif message['role'] == 'assistant' %}{{ '<|answer|>' + message['content'] + eos_token }}{% endif %}"
-                 "{% if loop.last and add_generation_prompt %}{{ '<|answer|>' }}{% endif %}{% endfor %}")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|prompt|>' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|answer|>' + message['content'] + eos_token }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|answer|>' }}{% endif %}{% endfor %}")
 
 
 def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
@@ -388,8 +390,9 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 # ======================================================================================================================
 # 3. Kernels
 #
-# Five formulas, as pure functions: normalise, turn, attend, gate, and the loss. Everything else in the model is a matrix
-# multiplication. tests/reference.py has each of them again in NumPy, written from the formula, with its derivative.
+# Five formulas, as pure functions: normalise, turn, attend, gate, and the loss. Everything else in the model is a
+# matrix multiplication. tests/reference.py has each of them again in NumPy, written from the formula, with its
+# derivative.
 # ======================================================================================================================
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -403,7 +406,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle p * theta^(-2i/h) for positions p = start .. end-1 and pairs i. -> 2 x [T, h/2], fp32
+    """Cosine and sine of the angle p * theta^(-2i/h), positions p = start .. end-1, pairs i. -> 2 x [T, h/2], fp32
 
     Computed anew in each forward pass, which is cheap, and therefore never a buffer of the model: a table that were one
     would be rounded by model.half() or model.bfloat16(), and at position 8,000 bf16 cannot tell neighbours apart.
@@ -416,9 +419,9 @@ def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torc
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of features by its position's angle. x [B, n, T, h], cos and sin [T, h/2] -> [B, n, T, h]
 
-    The product of a query turned by m and a key turned by n depends only on m - n: this is how a model without any other
-    notion of place knows how far apart two tokens are. Trap: which two features form pair i? Here, as in every Llama
-    checkpoint on Hugging Face, features i and i + h/2 ("half-split"); in the original paper and in GGUF files,
+    The product of a query turned by m and a key turned by n depends only on m - n: this is how a model without any
+    other notion of place knows how far apart two tokens are. Trap: which two features form pair i? Here, as in every
+    Llama checkpoint on Hugging Face, features i and i + h/2 ("half-split"); in the original paper and in GGUF files,
     2i and 2i + 1. The wrong one runs without complaint, and the model talks nonsense.
     """
     first, second = x.chunk(2, dim=-1)  # 2 x [B, n, T, h/2]
@@ -441,7 +444,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, with silu(x) = x * sigmoid(x): a soft, learned switch for each feature. [.., F] x 2 -> [.., F]"""
+    """silu(gate) * up, with silu(x) = x * sigmoid(x): a soft, learned switch. 2 x [.., F] -> [.., F]"""
     return F.silu(gate) * up
 
 
@@ -449,8 +452,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum, not the mean, of -log softmax(logits)[label] over labels that are not IGNORE. [N, V], [N] -> []
 
     Trap: the mean belongs to the whole optimizer step. A step is cut into micro-batches with different numbers of
-    labels; a mean of their means would weigh a token more where it has fewer neighbours. So: sums here, and one division
-    in the training loop. In fp32, because bf16 logits would round the loss itself.
+    labels; a mean of their means would weigh a token more where it has fewer neighbours. So: sums here, and one
+    division in the training loop. In fp32, because bf16 logits would round the loss itself.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -459,10 +462,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 # ======================================================================================================================
 # 4. Model
 #
-# The kernels wired together. A module's name is its name in the published checkpoint (model.layers.0.self_attn.q_proj),
-# so loading a checkpoint is reading names. Each layer adds two corrections to a stream of vectors [B, T, D]: one from
-# attention, where tokens look at each other, one from the MLP, where each token thinks by itself. Both read a normalised
-# copy of the stream, and the stream itself is never normalised (pre-norm).
+# The kernels wired together. A module's name is its name in the published checkpoint
+# (model.layers.0.self_attn.q_proj), so loading a checkpoint is reading names. Each layer adds two corrections to a
+# stream of vectors [B, T, D]: one from attention, where tokens look at each other, one from the MLP, where each token
+# thinks by itself. Both read a normalised copy of the stream, and the stream itself is never normalised (pre-norm).
 # ======================================================================================================================
 
 class KVCache:
@@ -472,7 +475,8 @@ class KVCache:
     the next token, and it moves only when all layers have appended theirs.
     """
 
-    def __init__(self, config: DanubeConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DanubeConfig, batch_size: int, max_length: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
         self.length, self.max_length = 0, max_length
         self.kv = torch.zeros(config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, max_length,
                               config.head_dim, dtype=dtype, device=device)
@@ -505,7 +509,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, h]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, h]
@@ -534,7 +538,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm, self.self_attn = RMSNorm(config), Attention(config, layer)
         self.post_attention_layernorm, self.mlp = RMSNorm(config), MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -610,8 +614,8 @@ class Danube3(nn.Module):
 # ======================================================================================================================
 # 5. Generation
 #
-# The model gives a probability for every next token; generation picks one, appends it, and asks again. With a cache each
-# turn of that loop processes one token instead of the whole text.
+# The model gives a probability for every next token; generation picks one, appends it, and asks again. With a cache
+# each turn of that loop processes one token instead of the whole text.
 # ======================================================================================================================
 
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -667,7 +671,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
 
 def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
              top_p: float = 1.0, seed: int | None = None) -> Tensor:
-    """The prompt and its continuation. input_ids [B, T] -> [B, T + n], n at most max_new_tokens; see generate_tokens."""
+    """Prompt and continuation. input_ids [B, T] -> [B, T + n], n at most max_new_tokens; see generate_tokens."""
     new = list(generate_tokens(model, input_ids, max_new_tokens, temperature, top_k, top_p, seed))
     return torch.cat([input_ids] + [next_ids[:, None] for next_ids in new], dim=1)
 
@@ -675,9 +679,9 @@ def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature
 # ======================================================================================================================
 # 6. Checkpoints
 #
-# A checkpoint is a Hugging Face Llama folder: transformers and everything built on it opens ours, and we open theirs. To
-# go on training, it also holds trainer.pt. A folder is written under another name and renamed when it is whole and on
-# the disk, so that a folder with the right name is always complete, whenever the power went.
+# A checkpoint is a Hugging Face Llama folder: transformers and everything built on it opens ours, and we open theirs.
+# To go on training, it also holds trainer.pt. A folder is written under another name and renamed when it is whole and
+# on the disk, so that a folder with the right name is always complete, whenever the power went.
 # ======================================================================================================================
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -703,7 +707,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder to write into; on success it gets its digests and becomes `folder`, on failure it goes."""
+    """A temporary folder to write into; on success it gets its digests and becomes `folder`, on failure it goes."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -728,8 +732,8 @@ def verify_digests(folder: Path) -> None:
         if not (folder / name).is_file():
             raise DanubeError(f"{folder / name} is missing: copy the folder again, or use an older checkpoint")
         if file_sha256(folder / name) != digest:
-            raise DanubeError(f"{folder / name} is damaged (its SHA-256 is not the one in {DIGESTS}): copy it again, or "
-                              "use an older checkpoint")
+            raise DanubeError(f"{folder / name} is damaged (its SHA-256 is not the one in {DIGESTS}): copy it again, "
+                              "or use an older checkpoint")
 
 
 def read_json(path: Path) -> dict:
@@ -748,7 +752,7 @@ def read_config(folder: Path) -> DanubeConfig:
     """config.json of a published or exported folder -> DanubeConfig. What we do not compute is refused, not ignored."""
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != "llama":
-        raise DanubeError(f"{folder}: model_type is {raw.get('model_type')!r}: only Llama-architecture folders can be read")
+        raise DanubeError(f"{folder}: model_type is {raw.get('model_type')!r}: only Llama folders can be read")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # newer and older transformers
     expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
     unsupported = [f"{name} = {raw[name]!r}" for name, value in expected.items() if raw.get(name, value) != value]
@@ -848,7 +852,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
         if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
             continue
         if expected.get(name) != tuple(weight.shape):
-            raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, {expected.get(name)}")
+            raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, "
+                              f"{expected.get(name)}: copy both files again")
         # A clone lies in memory of its own: aligned, which the bits of a matrix product can depend on.
         weights[name] = weight.to(device, dtype, copy=True)
     if missing := expected.keys() - weights.keys():
@@ -858,20 +863,23 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
     add_bos = read_json(tokenizer_config).get("add_bos_token", True) if tokenizer_config.is_file() else True
     tokenizer = Tokenizer(folder / "tokenizer.model", add_bos=bool(add_bos))
     if tokenizer.vocab_size > config.vocab_size:
-        raise DanubeError(f"{folder}: the tokenizer has {tokenizer.vocab_size} pieces, the model only {config.vocab_size}")
+        raise DanubeError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model only "
+                          f"{config.vocab_size}: copy the tokenizer that belongs to it")
     return model.eval(), tokenizer
 
 
 # ======================================================================================================================
 # 7. Data
 #
-# Text is stored as token shards: files of uint16 ids, documents one after another as <s> .. </s>, read in windows of T.
-# Which windows make up step 1,234,567? In most trainers the answer is the state of a loader, and a resumed run replays
-# data or skips it. Here it is a pure function of the step, so there is no state to save: two small pieces of arithmetic,
-# one that shares rows among sources (mixture_pattern), and one that shuffles without storing the order (shuffled).
+# Text is stored as token shards: files of uint16 ids, documents one after another as <s> .. </s>, read in windows of
+# T. Which windows make up step 1,234,567? In most trainers the answer is the state of a loader, and a resumed run
+# replays data or skips it. Here it is a pure function of the step, so there is no state to save: two small pieces of
+# arithmetic, one that shares rows among sources (mixture_pattern), and one that shuffles without storing the order
+# (shuffled).
 # ======================================================================================================================
 
-def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]], shard_tokens: int = 2 ** 27) -> list[int]:
+def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]],
+                 shard_tokens: int = 2 ** 27) -> list[int]:
     """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .. of at most `shard_tokens` ids and one
     document's overhang. -> the number of tokens in each."""
     counts: list[int] = []
@@ -896,16 +904,17 @@ class TokenSource:
     """One source's tokens as windows of T consecutive ids; they run on across documents and shards. The last window's
     incomplete rest is left out."""
 
-    def __init__(self, folder: Path, name: str, split: str, counts: list[int], sequence_length: int, vocab_size: int) -> None:
+    def __init__(self, folder: Path, name: str, split: str, counts: list[int], sequence_length: int,
+                 vocab_size: int) -> None:
         self.name, self.sequence_length, self.vocab_size = name, sequence_length, vocab_size
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # first token of each shard, and the end
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # of each shard, and the end
         self.files = [folder / f"{name}-{split}-{i:05d}.bin" for i in range(len(counts))]
         for path, count in zip(self.files, counts):
             if not path.is_file():
                 raise DanubeError(f"{path} is missing: make the data again")
             if path.stat().st_size != 2 * count:
-                raise DanubeError(f"{path} has {path.stat().st_size:,} bytes where meta.json counts {count:,} tokens of "
-                                  "2 bytes: it was cut short or changed; make the data again")
+                raise DanubeError(f"{path} has {path.stat().st_size:,} bytes where meta.json counts {count:,} tokens "
+                                  "of 2 bytes: it was cut short or changed; make the data again")
         self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.files if path.stat().st_size]
         self.windows = int(self.starts[-1]) // sequence_length
         if not self.windows:
@@ -934,15 +943,15 @@ class TokenData:
     def __init__(self, folder: str | Path, config: DanubeConfig, sequence_length: int) -> None:
         self.folder = Path(folder)
         if not (self.folder / "meta.json").is_file():
-            raise DanubeError(f"no data at {self.folder} (no meta.json): make it with data/prepare.py, or name another --data")
+            raise DanubeError(f"no data at {self.folder} (no meta.json): name a folder of token shards with --data")
         self.meta, self.sequence_length, self.config = read_json(self.folder / "meta.json"), sequence_length, config
         self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
         if self.tokenizer.sha256 != self.meta.get("tokenizer_sha256"):
             raise DanubeError(f"{self.folder / 'tokenizer.model'} is not the tokenizer that the shards were made with "
                               "(its SHA-256 differs from meta.json's): put that one back, or make the data again")
         if self.tokenizer.vocab_size > config.vocab_size:
-            raise DanubeError(f"the tokenizer in {self.folder} has {self.tokenizer.vocab_size} pieces, the configuration "
-                              f"only {config.vocab_size}: use the tokenizer of this configuration")
+            raise DanubeError(f"the tokenizer in {self.folder} has {self.tokenizer.vocab_size} pieces, the "
+                              f"configuration only {config.vocab_size}: use the tokenizer of this configuration")
 
     @cached_property
     def sha256(self) -> str:
@@ -951,12 +960,13 @@ class TokenData:
     def open(self, name: str, split: str) -> TokenSource:
         sources = self.meta.get("sources", {})
         if name not in sources:
-            raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only {', '.join(sources) or 'none'}")
+            raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only "
+                              f"{', '.join(sources) or 'none'}: make the data again with that source")
         return TokenSource(self.folder, name, split, sources[name][split], self.sequence_length, self.config.vocab_size)
 
 
 def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
-    """The sources of the first `rows` rows of a mixture: after every row, each source has had its share to within one row.
+    """The sources of the first `rows` rows of a mixture. After every row, each has had its share to within one row.
 
     With W the sum of the weights, source i is due t w_i / W rows out of t. Its next row, number n + 1, may come as soon
     as it is begun to be due (t w_i > n W), and must come before it is overdue, at row (n + 1) W / w_i rounded up; the
@@ -976,9 +986,9 @@ def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
 def shuffled(index: int, size: int, key: str) -> int:
     """Where `index` goes in a random order of 0 .. size-1 that `key` names, without storing the order.
 
-    A Feistel network, as in block ciphers: write the index as two digits in base m = ceil(sqrt(size)); four times, add a
-    hash of one digit to the other and swap them. Each round can be undone, so no two indices meet. A result past `size`
-    (of m * m at most) goes through again until it falls inside.
+    A Feistel network, as in block ciphers: write the index as two digits in base m = ceil(sqrt(size)); four times,
+    add a hash of one digit to the other and swap them. Each round can be undone, so no two indices meet. A result
+    past `size` (of m * m at most) goes through again until it falls inside.
     """
     base = math.isqrt(size - 1) + 1
     while True:
@@ -992,12 +1002,13 @@ def shuffled(index: int, size: int, key: str) -> int:
 
 
 class StagedData:
-    """The batches of a run: `batch(step)` depends on the recipe (with its seed), the shards and the step, and on nothing
-    that happened before."""
+    """The batches of a run: `batch(step)` depends on the recipe (with its seed), the shards and the step, and on
+    nothing that happened before."""
 
     def __init__(self, data: TokenData, recipe: Recipe) -> None:
         self.recipe, self.used = recipe, [dict.fromkeys(recipe.stages[0].mixture, 0)]  # rows used before each stage
-        self.sources = {name: data.open(name, "train") for stage in recipe.stages for name, w in stage.mixture.items() if w}
+        names = dict.fromkeys(name for stage in recipe.stages for name, weight in stage.mixture.items() if weight)
+        self.sources = {name: data.open(name, "train") for name in names}
         self.patterns, self.counts = [], []
         for start, end, stage in zip([0, *recipe.stage_ends], recipe.stage_ends, recipe.stages):
             rows = (end - start) * recipe.rows_per_step
@@ -1025,7 +1036,7 @@ class StagedData:
         first_step = [0, *self.recipe.stage_ends][stage]
         row = (step - first_step) * self.recipe.rows_per_step + index  # counted from the beginning of the stage
         name = self.patterns[stage][row % len(self.patterns[stage])]
-        use = self.used[stage].get(name, 0) + self.rows_before(self.counts[stage][name], row)  # from the run's beginning
+        use = self.used[stage].get(name, 0) + self.rows_before(self.counts[stage][name], row)  # from the run's start
         epoch, place = divmod(use, self.sources[name].windows)
         return name, shuffled(place, self.sources[name].windows, f"{self.recipe.seed}/{name}/{epoch}")
 
@@ -1039,9 +1050,9 @@ class StagedData:
 # ======================================================================================================================
 # 8. Optimizer
 #
-# AdamW scales each step by a running estimate of the gradient's size, number by number, and shrinks the weights a little
-# besides. The learning rate rises over the first steps, while those estimates are still poor, and then falls along half
-# a cosine: large steps to get there, small ones to settle.
+# AdamW scales each step by a running estimate of the gradient's size, number by number, and shrinks the weights a
+# little besides. The learning rate rises over the first steps, while those estimates are still poor, and then falls
+# along half a cosine: large steps to get there, small ones to settle.
 # ======================================================================================================================
 
 def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
@@ -1066,9 +1077,9 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 # ======================================================================================================================
 # 9. Training
 #
-# One loop: take the batch of this step, sum the loss over its micro-batches, go back, clip, step, write a line. Around it
-# stand the things that make a long run bearable: checkpoints, resuming to the bit, a bar that tells when it will be over,
-# and how much of the machine's arithmetic the run really uses.
+# One loop: take the batch of this step, sum the loss over its micro-batches, go back, clip, step, write a line.
+# Around it stand the things that make a long run bearable: checkpoints, resuming to the bit, a bar that tells when it
+# will be over, and how much of the machine's arithmetic the run really uses.
 # ======================================================================================================================
 
 VALIDATION_ROWS = 32   # of each source [C]
@@ -1077,7 +1088,8 @@ MAX_SKIPPED_STEPS = 5  # in a row, before a run that has stopped making sense is
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the GPU computes in it (capability 8 and up; older ones claim it too, and emulate it), else fp32."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    capable = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if capable else torch.float32
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -1159,20 +1171,20 @@ class Run:
     def restore(self) -> None:
         """Put the newest checkpoint into model and optimizer."""
         if not (checkpoints := checkpoints_in(self.out)):
-            raise DanubeError(f"nothing to resume: {self.out} holds no complete checkpoint; leave --resume out to start there")
+            raise DanubeError(f"nothing to resume: {self.out} holds no complete checkpoint; leave --resume out")
         folder = checkpoints[-1]
         verify_digests(folder)
         try:  # weights_only: a checkpoint from a stranger may hold tensors and numbers, not code
             trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise DanubeError(f"{folder} has no trainer.pt, so training cannot go on from it: choose another --out") from error
+            raise DanubeError(f"{folder} has no trainer.pt to go on from: choose another --out") from error
         except Exception as error:
             raise DanubeError(f"{folder / 'trainer.pt'} is damaged: remove {folder} to start again") from error
         for part, values in self.identity.items():
             for name, value in values.items():
                 if (saved := trainer["identity"].get(part, {}).get(name)) != value:
-                    raise DanubeError(f"{folder} was made with another {part}: {name} was {saved}, now it is {value}; resume "
-                                      "with the flags and data of the first run, or choose another --out")
+                    raise DanubeError(f"{folder} was made with another {part}: {name} was {saved}, now it is {value}; "
+                                      "resume with the flags and data of the first run, or choose another --out")
         self.model.load_state_dict(trainer.get("master_weights") or dict(read_weights(folder)))  # copied into place
         self.optimizer.load_state_dict(trainer["optimizer"])
         self.step, self.skipped = trainer["step"], trainer["skipped"]
@@ -1246,14 +1258,16 @@ def train(run: Run, batches: StagedData, evaluate: Callable[[], dict[str, float]
             loss, grad_norm = train_step(model, run.optimizer, *batches.batch(run.step), recipe, run.step)
             rate, finite = recipe.tokens_per_step / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
             run.step, run.skipped = run.step + 1, 0 if finite else run.skipped + 1
-            run.write(step=run.step, stage=stage, tokens=run.step * recipe.tokens_per_step, loss=loss if finite else None,
-                      lr=learning_rate(run.step - 1, recipe), grad_norm=grad_norm if finite else None,
+            run.write(step=run.step, stage=stage, tokens=run.step * recipe.tokens_per_step,
+                      loss=loss if finite else None, lr=learning_rate(run.step - 1, recipe),
+                      grad_norm=grad_norm if finite else None,
                       tokens_per_second=round(rate), mfu=round(rate * flops / peak, 4))
             if run.skipped == MAX_SKIPPED_STEPS:
-                raise DanubeError(f"the loss was not finite in {run.skipped} steps in a row, up to step {run.step}; the last "
-                                  f"checkpoint, if there is one, is kept in {run.out}: try a lower --learning-rate")
+                raise DanubeError(f"the loss was not finite in {run.skipped} steps in a row, up to step {run.step}; "
+                                  f"the last checkpoint, if any, is kept in {run.out}: try a lower --learning-rate")
             bar.set_description(stage, refresh=False)
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, {rate * flops / peak:.0%} of peak", refresh=False)
+            speed = f"{rate:,.0f} tokens/s, {rate * flops / peak:.0%} of peak"
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
             bar.update()
             if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends or requests:
                 run.save()
@@ -1261,19 +1275,18 @@ def train(run: Run, batches: StagedData, evaluate: Callable[[], dict[str, float]
 
 def describe_run(config: DanubeConfig, recipe: Recipe) -> str:
     """What a run would be, in one screen: stages, tokens, parameters, memory, operations."""
-    sources = list(recipe.stages[0].mixture)
-    flops = flops_per_token(config, recipe.sequence_length)
-    tokens = recipe.total_steps * recipe.tokens_per_step
-    memory = memory_bytes(config, recipe)
+    sources, parameters = list(recipe.stages[0].mixture), count_parameters(config)
+    tokens, memory = recipe.total_steps * recipe.tokens_per_step, memory_bytes(config, recipe)
+    flops = flops_per_token(config, recipe.sequence_length) * tokens
+    components = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in memory.items())
     lines = [
-        f"parameters      {count_parameters(config):,}",
-        f"step            {recipe.tokens_per_step:,} tokens = {recipe.rows_per_step} rows of {recipe.sequence_length:,}, "
-        f"{recipe.micro_batch_size} at a time",
-        f"run             {recipe.total_steps:,} steps, {tokens:,} tokens, {flops * tokens:.3g} floating-point operations",
-        f"                {flops * tokens / 4e14 / 86_400:,.2f} GPU-days at 400 TFLOP/s, about 40 % of an H100's bf16 peak",
-        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on one bf16 GPU: "
-        + ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in memory.items() if size),
-        f"checkpoint      {(14 if memory['weights (compute copy)'] else 12) * count_parameters(config) / 1e9:,.2f} GB with optimizer",
+        f"parameters      {parameters:,}",
+        f"step            {recipe.tokens_per_step:,} tokens = {recipe.rows_per_step} rows of "
+        f"{recipe.sequence_length:,}, {recipe.micro_batch_size} at a time",
+        f"run             {recipe.total_steps:,} steps, {tokens:,} tokens, {flops:.3g} floating-point operations",
+        f"                {flops / 4e14 / 86_400:,.2f} GPU-days at 400 TFLOP/s, about 40 % of an H100's bf16 peak",
+        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on one bf16 GPU: {components}",
+        f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in fp32",
         "", f"{'':16}{'steps':>12}{'tokens':>22}" + "".join(f"{name:>11}" for name in sources)]
     for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
         total = sum(stage.mixture.values())
@@ -1293,9 +1306,10 @@ def plot_curves(out: Path, recipe: Recipe) -> Path | None:
     checks = [entry for entry in entries if "val_loss" in entry]
     figure = Figure(figsize=(9, 6), layout="constrained")
     loss_axes, mixture_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    loss_axes.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], color="0.7", linewidth=0.8, label="training")
+    loss_axes.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], color="0.7", linewidth=0.8, label="train")
     for i, name in enumerate(recipe.stages[0].mixture):
-        loss_axes.plot([e["tokens"] for e in checks], [e["val_loss"][name] for e in checks], "o-", color=f"C{i}", label=name)
+        losses = [e["val_loss"][name] for e in checks]
+        loss_axes.plot([e["tokens"] for e in checks], losses, "o-", color=f"C{i}", label=name)
         for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
             mixture = list(stage.mixture.values())
             below, share = sum(mixture[:i]) / sum(mixture), mixture[i] / sum(mixture)

@@ -1,4 +1,4 @@
-"""Let a Danube3 speak: `python sample.py out/toy "Once upon a time"`, or answer a quiz: `--eval data/toy/quiz.jsonl`."""
+"""Let Danube3 speak, `python sample.py out/toy "Once upon a time"`, or answer a quiz: `--eval data/toy/quiz.jsonl`."""
 
 import sys
 
@@ -15,7 +15,7 @@ def arguments():
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0: among all")
     parser.add_argument("--top-p", type=float, default=0.9, help="choose among the likeliest tokens that make up p")
-    parser.add_argument("--seed", type=int, help="of the choice; the same seed gives the same text [a new one each time]")
+    parser.add_argument("--seed", type=int, help="of the choice: same seed, same text [a new one each time]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=list(danube3.DTYPES), help="type of the weights [as stored]")
     parser.add_argument("--eval", metavar="JSONL", help="answer the multiple-choice questions of this file instead")
@@ -23,7 +23,8 @@ def arguments():
     if args.eval and args.prompt:
         raise danube3.DanubeError("a prompt and --eval cannot go together: leave one out")
     if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens >= 1):
-        raise danube3.DanubeError("use --temperature 0 or more, --top-k 0 or more, 0 < --top-p <= 1, --max-new-tokens 1 or more")
+        raise danube3.DanubeError("use --temperature and --top-k of 0 or more, --top-p above 0 and at most 1, "
+                                  "--max-new-tokens of 1 or more")
     return args
 
 

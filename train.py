@@ -20,8 +20,9 @@ def arguments():
     parser.add_argument("--out", type=Path, help="run folder [out/<config>]")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and stop")
-    parser.add_argument("--tokens", type=danube3.token_count, help="training tokens, stages in proportion [the recipe's]")
-    parser.add_argument("--tokens-per-step", type=danube3.token_count, help="tokens of one optimizer step [the recipe's]")
+    tokens = danube3.token_count
+    parser.add_argument("--tokens", type=tokens, help="200k, 10B: training tokens, stages in proportion [the recipe's]")
+    parser.add_argument("--tokens-per-step", type=tokens, help="tokens of one optimizer step [the recipe's]")
     parser.add_argument("--micro-batch-size", type=int, help="rows at once: memory, not the result [the recipe's]")
     parser.add_argument("--learning-rate", type=float, help="its peak [the recipe's]")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints [the recipe's]")
@@ -56,10 +57,12 @@ def main():
         print("no C++ compiler found: going on without --compile", file=sys.stderr)
     elif args.compile:
         model.compile()
-    identity = {"configuration": asdict(config), "data": {"SHA-256 of meta.json": data.sha256},
-                "recipe": {name: value for name, value in asdict(recipe).items() if name not in ("save_every", "micro_batch_size")}}
+    identity = {"configuration": asdict(config), "recipe": asdict(recipe), "data": {"meta.json": data.sha256}}
+    for name in ("save_every", "micro_batch_size"):  # free to change when a run goes on
+        del identity["recipe"][name]
+    dtype = str(danube3.compute_dtype(device)).removeprefix("torch.")
     print(f"{args.config}: {danube3.count_parameters(config):,} parameters, {recipe.total_steps:,} steps of "
-          f"{recipe.tokens_per_step:,} tokens on {device.type} in {str(danube3.compute_dtype(device)).removeprefix('torch.')}")
+          f"{recipe.tokens_per_step:,} tokens on {device.type} in {dtype}")
     run = danube3.Run(out, model, data.tokenizer, danube3.make_optimizer(model, recipe), identity, args.resume)
     finished = danube3.train(run, batches, lambda: danube3.validation_losses(model, data, recipe))
     if not finished:
@@ -79,7 +82,8 @@ def report(model, data, recipe, out):
         print(f"--- a sample\n{data.tokenizer.decode(ids)}")
     if (quiz := data.folder / "quiz.jsonl").is_file():
         questions = danube3.read_jsonl(quiz)
-        right = sum(pick == q["answer"] for pick, q in zip(danube3.multiple_choice(model, data.tokenizer, questions), questions))
+        picks = danube3.multiple_choice(model, data.tokenizer, questions)
+        right = sum(pick == question["answer"] for pick, question in zip(picks, questions))
         print(f"--- quiz: {right} of {len(questions)} held-out questions right ({right / len(questions):.1%})")
     print(f"try: python sample.py {out} \"Once upon a time\"")
 

@@ -1,6 +1,6 @@
 """The toy world: a small invented valley, and endless plain English about it; training text without a download.
 
-Forty people live in twelve towns. Each has a home, a trade, an animal and an instrument: 160 facts to learn.
+Thirty-six people live in twelve towns. Each has a home, a trade, an animal and an instrument: 144 facts to learn.
 Six sources tell them in six voices. The web repeats one fixed false rumour for each fact about two times in five; the
 other sources never lie. Half of the facts are also practised as questions, in `instruct` and in conversations; the
 other half is told in prose only, and the quizzes at the end of this file ask for exactly that half: whoever answers
@@ -106,13 +106,13 @@ class World:
 
     def __init__(self, seed):
         rng = random.Random(seed)
-        names = zip(rng.sample(FIRST_NAMES, 44), rng.sample(LAST_NAMES, 44), ("she", "he") * 22)
+        names = zip(rng.sample(FIRST_NAMES, 40), rng.sample(LAST_NAMES, 40), ("she", "he") * 20)
         everybody = [Person(first, last, they) for first, last, they in names]
-        self.people, self.strangers = everybody[:40], everybody[40:]            # nobody has heard of the strangers
+        self.people, self.strangers = everybody[:36], everybody[36:]            # nobody has heard of the strangers
         self.rivers = dict(zip(HOME.values, rng.sample(RIVERS * 2, 12)))
         self.known_for = dict(zip(HOME.values, rng.sample(KNOWN_FOR, 12)))
-        for attribute in ATTRIBUTES:                                            # each value for three or four people
-            for i, person in enumerate(rng.sample(self.people, 40)):
+        for attribute in ATTRIBUTES:                                            # each value for three people
+            for i, person in enumerate(rng.sample(self.people, 36)):
                 truth = attribute.values[i % 12]
                 person.facts[attribute.name] = truth
                 person.rumours[attribute.name] = rng.choice([value for value in attribute.values if value != truth])
@@ -120,18 +120,18 @@ class World:
 
     def _split(self, rng):
         """Chooses the facts that may be asked. Of each random couple one person is asked about one to three attributes
-        and the other about the rest: 20 people for each attribute, and nobody who is never asked about anything."""
-        order = rng.sample(self.people, 40)
+        and the other about the rest: 18 people for each attribute, and nobody who is never asked about anything."""
+        order = rng.sample(self.people, 36)
         for one, other in zip(order[::2], order[1::2]):
             one.asked = rng.sample([attribute.name for attribute in ATTRIBUTES], rng.randint(1, 3))
             other.asked = [attribute.name for attribute in ATTRIBUTES if attribute.name not in one.asked]
 
     def asked(self, attribute):
-        """The 20 people whose `attribute` (its name) may be asked in training text."""
+        """The 18 people whose `attribute` (its name) may be asked in training text."""
         return [person for person in self.people if attribute in person.asked]
 
     def held_out(self, attribute):
-        """The 20 people whose `attribute` is told in prose only, so that a quiz may ask for it."""
+        """The 18 people whose `attribute` is told in prose only, so that a quiz may ask for it."""
         return [person for person in self.people if attribute not in person.asked]
 
 
@@ -250,8 +250,8 @@ biography: {a.sentence} {praise} {a.who} {a.fact} and {a.fact}. {a.sentence} [{p
   {a.sentence}
 count: [In the whole valley|Today|In our days] {total} people {plural}. They are {names}. / {names} {plural}. [There are
   no others in the valley|They are {total} in all].
-survey: [This note|This paper|Our survey] is about people who {plural}. We asked all 40 people in the valley, and
-  {total} of them {plural}: {names}. / In {season} we [asked|visited] 40 people; {total} of them {plural}: {names}.
+survey: [This note|This paper|Our survey] is about people who {plural}. We asked all 36 people in the valley, and
+  {total} of them {plural}: {names}. / In {season} we [asked|visited] 36 people; {total} of them {plural}: {names}.
 method: Each person was asked {number} questions. / [All visits|The visits] took place in {season}. / The answers were
   [checked twice|written down at once]. / We thank all who [took part|helped us].
 note: We visited three households [in {season}|on a {weather} {time}|in {month}]. The first was that of {a.name}.
@@ -544,7 +544,8 @@ def chat_quiz(world, rng):
 
 # ---------------------------------------------------------------------------------------------------- files
 # Tokens of each source: what the toy recipe's three stages use of it, and a little more, so that nothing is read twice.
-TRAIN_TOKENS = {"web": 1_700_000, "wikipedia": 80_000, "academic": 80_000, "synthetic": 110_000, "instruct": 130_000, "other": 60_000}
+TRAIN_TOKENS = {"web": 1_700_000, "wikipedia": 80_000, "academic": 80_000, "synthetic": 110_000, "instruct": 130_000,
+                "other": 60_000}
 VALIDATION_TOKENS = 8_000
 VOCABULARY = 1_024
 

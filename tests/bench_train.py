@@ -1,8 +1,8 @@
 """Training speed against transformers: `python tests/bench_train.py`, a few minutes.
 
 The same configuration, batch and loss: our train_step, plain and compiled, and a plain loop of LlamaForCausalLM with
-torch.optim.AdamW. They alternate within one run, since a shared machine's speed moves from minute to minute; what counts
-is the median of the ratios of neighbours.
+torch.optim.AdamW. They alternate within one run, since a shared machine's speed moves from minute to minute; what
+counts is the median of the ratios of neighbours.
 """
 
 import argparse
@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-import danube3  # noqa: E402
 from conftest import transformers_model  # noqa: E402
+
+import danube3  # noqa: E402
 
 
 def our_step(config, recipe, ids, compiled):
@@ -29,8 +30,12 @@ def our_step(config, recipe, ids, compiled):
 
 def their_step(config, recipe, ids):
     model = transformers_model(config, danube3.Danube3(config).init_weights(0).state_dict()).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2),
-                                  weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        weight_decay=recipe.weight_decay,
+    )
 
     def step():
         batches = ids.split(recipe.micro_batch_size)
@@ -51,8 +56,11 @@ def main():
     config, recipe = danube3.CONFIGS["toy"], danube3.RECIPES["toy"]
     recipe = dataclasses.replace(recipe, warmup_fraction=0.0)
     ids = torch.randint(3, config.vocab_size, (recipe.rows_per_step, recipe.sequence_length))
-    loops = {"transformers": their_step(config, recipe, ids), "danube3": our_step(config, recipe, ids, False),
-             "danube3 --compile": our_step(config, recipe, ids, True)}
+    loops = {
+        "transformers": their_step(config, recipe, ids),
+        "danube3": our_step(config, recipe, ids, False),
+        "danube3 --compile": our_step(config, recipe, ids, True),
+    }
     seconds, peaks = {name: [] for name in loops}, []
     for loop in loops.values():
         for _ in range(3):
@@ -65,14 +73,20 @@ def main():
                 loop()
             seconds[name].append((time.perf_counter() - start) / args.steps)
     flops = danube3.flops_per_token(config, recipe.sequence_length) * recipe.tokens_per_step
-    print(f"{danube3.count_parameters(config):,} parameters, {recipe.tokens_per_step} tokens a step, {args.rounds} rounds, "
-          f"{torch.get_num_threads()} threads, matmul peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s (median)")
+    print(
+        f"{danube3.count_parameters(config):,} parameters, {recipe.tokens_per_step} tokens a step, "
+        f"{args.rounds} rounds, "
+        f"{torch.get_num_threads()} threads, matmul peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s (median)"
+    )
     for name, times in seconds.items():
         ratios = sorted(theirs / ours for theirs, ours in zip(seconds["transformers"], times))
         utilisation = statistics.median(flops / t / peak for t, peak in zip(times, peaks))
-        print(f"{name:20} {recipe.tokens_per_step / statistics.median(times):8,.0f} tokens/s   {statistics.median(ratios):.2f}x "
-              f"transformers (middle half {ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f})   "
-              f"{utilisation:.0%} of matmul peak")
+        print(
+            f"{name:20} {recipe.tokens_per_step / statistics.median(times):8,.0f} tokens/s   "
+            f"{statistics.median(ratios):.2f}x "
+            f"transformers (middle half {ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f})   "
+            f"{utilisation:.0%} of matmul peak"
+        )
 
 
 if __name__ == "__main__":

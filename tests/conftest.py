@@ -12,9 +12,17 @@ import torch
 import danube3
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = danube3.DanubeConfig(hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-                            num_key_value_heads=2, head_dim=6, initializer_range=0.2, vocab_size=330,
-                            max_position_embeddings=64)
+TINY = danube3.DanubeConfig(
+    hidden_size=40,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    initializer_range=0.2,
+    vocab_size=330,
+    max_position_embeddings=64,
+)
 
 
 def random_model(config, seed=0, dtype=torch.float32):
@@ -30,17 +38,32 @@ def random_model(config, seed=0, dtype=torch.float32):
 def transformers_model(config, weights, **changes):
     """The independent implementation, with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    names = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "rope_theta"}
-    theirs = LlamaForCausalLM(LlamaConfig(**names, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                                          tie_word_embeddings=False, **changes))
+
+    names = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "rope_theta"
+    }
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            **names,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=False,
+            **changes,
+        )
+    )
     theirs.load_state_dict(weights)
     return theirs.eval()
 
 
 def run(*command, env=None, timeout=300):
     """A program of ours, as a user runs it, in the repository's root. -> CompletedProcess with text"""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=timeout,
-                          env={**os.environ, **(env or {})})
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env={**os.environ, **(env or {})},
+    )
 
 
 def one_line_error(result):
@@ -51,8 +74,10 @@ def one_line_error(result):
     return lines[0]
 
 
-SENTENCES = [f"{name} lives in {town}.\nShe has {n} geese;  he keeps none: \u00e9t\u00e9 \U0001F600 <s> </s> <|answer|>."
-             for n, (name, town) in enumerate([("Ada", "Marrow"), ("Brook", "Ferrin"), ("Celia", "Oxley"), ("Dunn", "Pell")])]
+SENTENCES = [
+    f"{name} lives in {town}.\nShe has {n} geese;  he keeps none: \u00e9t\u00e9 \U0001f600 <s> </s> <|answer|>."
+    for n, (name, town) in enumerate([("Ada", "Marrow"), ("Brook", "Ferrin"), ("Celia", "Oxley"), ("Dunn", "Pell")])
+]
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +90,7 @@ def tokenizer(tmp_path_factory):
 def toy_data(tmp_path_factory):
     """The toy world as train.py makes it."""
     from data import toy
+
     folder = tmp_path_factory.mktemp("data") / "toy"
     toy.make(folder)
     return folder

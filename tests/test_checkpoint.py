@@ -8,9 +8,9 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from conftest import TINY, one_line_error, random_model, run, transformers_model
 
 import danube3
-from conftest import TINY, one_line_error, random_model, run, transformers_model
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def test_round_trip(saved):
 
 def test_transformers_opens_ours(saved):
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     folder, model = saved
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = AutoTokenizer.from_pretrained(folder)("Ada lives", return_tensors="pt").input_ids
@@ -56,7 +57,9 @@ def test_we_open_theirs(dtype, shard, tmp_path, tokenizer):
     ids = torch.randint(3, TINY.vocab_size, (2, 9))
     with torch.no_grad():
         expected = theirs(ids).logits.float()
-        assert (loaded(ids) - expected).abs().max() < {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}[dtype] * expected.abs().max()
+        assert (loaded(ids) - expected).abs().max() < {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}[
+            dtype
+        ] * expected.abs().max()
 
 
 def test_published_names_and_fields(saved):
@@ -64,26 +67,43 @@ def test_published_names_and_fields(saved):
     names = set(transformers_model(TINY, model.state_dict()).state_dict())
     assert set(safetensors.torch.load_file(folder / "model.safetensors")) == names
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"] and config["rope_theta"] == 100_000.0 and config["head_dim"] == 6
+    assert (
+        config["architectures"] == ["LlamaForCausalLM"]
+        and config["rope_theta"] == 100_000.0
+        and config["head_dim"] == 6
+    )
 
 
 def test_older_and_newer_rope_fields(saved):
     folder, _ = saved
     raw = json.loads((folder / "config.json").read_text())
     theta = raw.pop("rope_theta")
-    for change in ({"rope_theta": theta}, {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}},
-                   {"rope_theta": theta, "rope_scaling": None}):
+    for change in (
+        {"rope_theta": theta},
+        {"rope_parameters": {"rope_theta": theta, "rope_type": "default"}},
+        {"rope_theta": theta, "rope_scaling": None},
+    ):
         (folder / "config.json").write_text(json.dumps({**raw, **change}))
         assert danube3.read_config(folder) == TINY
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"model_type": "gpt2"}, "only Llama"), ({"attention_bias": True}, "attention_bias = True is not part"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"), ({"hidden_size": None}, "lacks hidden_size"),
-    ({"hidden_size": "large"}, "hidden_size is 'large'"), ({"hidden_size": 48}, "is not what config.json makes it"),
-    ({"num_hidden_layers": 3}, "lacks 9 tensors"), ({"num_hidden_layers": 1}, "is not what config.json makes it"),
-    ({"eos_token_id": [2, 3]}, "eos_token_id"), ({"vocab_size": 320}, "is not what config.json makes it")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"model_type": "gpt2"}, "only Llama"),
+        ({"attention_bias": True}, "attention_bias = True is not part"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": "large"}, "hidden_size is 'large'"),
+        ({"hidden_size": 48}, "is not what config.json makes it"),
+        ({"num_hidden_layers": 3}, "lacks 9 tensors"),
+        ({"num_hidden_layers": 1}, "is not what config.json makes it"),
+        ({"eos_token_id": [2, 3]}, "eos_token_id"),
+        ({"vocab_size": 320}, "is not what config.json makes it"),
+    ],
+)
 def test_configurations_refused(saved, change, words):
     folder, _ = saved
     raw = {**json.loads((folder / "config.json").read_text()), **change}
@@ -99,9 +119,13 @@ def flip_byte(path):
     path.write_bytes(data)
 
 
-DAMAGES = {"truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]), "a byte flipped": flip_byte,
-           "emptied": lambda path: path.write_bytes(b""), "removed": lambda path: path.unlink(),
-           "header only": lambda path: path.write_bytes(path.read_bytes()[:200])}
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "a byte flipped": flip_byte,
+    "emptied": lambda path: path.write_bytes(b""),
+    "removed": lambda path: path.unlink(),
+    "header only": lambda path: path.write_bytes(path.read_bytes()[:200]),
+}
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -110,10 +134,17 @@ def test_damaged_files(saved, name, how):
     """With digests, every change is noticed; without (a downloaded folder), all that cannot be read."""
     folder, _ = saved
     DAMAGES[how](folder / name)
-    with pytest.raises(danube3.DanubeError, match=name if name != "config.json" or how != "removed" else "step-0000007"):
+    with pytest.raises(
+        danube3.DanubeError, match=name if name != "config.json" or how != "removed" else "step-0000007"
+    ):
         danube3.load_checkpoint(folder)
     (folder / danube3.DIGESTS).unlink()
-    readable = how == "a byte flipped" or (name, how) == ("tokenizer_config.json", "removed") or name == "tokenizer.model" and how != "removed"
+    readable = (
+        how == "a byte flipped"
+        or (name, how) == ("tokenizer_config.json", "removed")
+        or name == "tokenizer.model"
+        and how != "removed"
+    )
     try:
         danube3.load_checkpoint(folder)
     except danube3.DanubeError:
@@ -122,7 +153,9 @@ def test_damaged_files(saved, name, how):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError):
         danube3.save_checkpoint(tmp_path / "run" / "step-0000001", random_model(TINY), tokenizer)
     assert list((tmp_path / "run").iterdir()) == []
@@ -149,6 +182,7 @@ def test_written_whole_before_it_is_named(tmp_path, tokenizer, monkeypatch):
 
 def test_trainer_state_runs_no_code(tmp_path, tokenizer):
     """A trainer.pt that is a hostile pickle is refused without being run."""
+
     class Hostile:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
@@ -169,15 +203,20 @@ def test_sample_without_a_checkpoint(tmp_path, path, words):
 
 
 def test_sample_speaks_from_a_folder_by_transformers(tmp_path, tokenizer):
-    """sample.py on a folder that transformers wrote, in bf16 and shards: the continuation is transformers' own, decoded."""
+    """sample.py on a folder that transformers wrote, in bf16 and shards: it says what transformers says."""
     from transformers import AutoTokenizer
+
     theirs = transformers_model(TINY, random_model(TINY).state_dict()).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     shutil.copy(tokenizer.model_file, tmp_path / "tokenizer.model")
     result = run("sample.py", tmp_path, "Ada lives", "--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32")
     ids = torch.tensor([tokenizer.encode_prompt("Ada lives")])
-    expected = theirs.float().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
-    expected = expected[:expected.index(2)] if 2 in expected else expected
+    expected = (
+        theirs.float()
+        .generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+        .tolist()
+    )
+    expected = expected[: expected.index(2)] if 2 in expected else expected
     assert result.returncode == 0 and result.stdout == tokenizer.decode(expected) + "\n", result.stderr
     assert AutoTokenizer  # the tokenizer itself is compared in test_tokenizer.py
 
@@ -186,14 +225,24 @@ def test_sample_says_when_the_context_is_full(saved):
     folder, _ = saved
     config = json.loads((folder / "config.json").read_text())
     result = run("sample.py", folder, "Ada lives", "--max-new-tokens", 500, "--seed", 4, "--temperature", 5)
-    assert result.returncode == 0 and (config["max_position_embeddings"], "context of 64 tokens is full" in result.stderr) == (64, True)
+    assert result.returncode == 0 and (
+        config["max_position_embeddings"],
+        "context of 64 tokens is full" in result.stderr,
+    ) == (64, True)
     long = one_line_error(run("sample.py", folder, "geese " * 200))
     assert "does not fit a context" in long
 
 
-@pytest.mark.parametrize("flags, words", [(["--temperature", "-1"], "--temperature"), (["--top-p", "0"], "--top-p"),
-                                          (["--dtype", "int3"], "--dtype"), (["--eval", "x.jsonl"], "cannot go together"),
-                                          (["--device", "abacus"], "abacus")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--top-p", "0"], "--top-p"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--eval", "x.jsonl"], "cannot go together"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
 def test_sample_flags_refused(saved, flags, words):
     assert words in one_line_error(run("sample.py", saved[0], "Once", *flags))
 
@@ -202,14 +251,16 @@ def test_multiple_choice_by_hand(saved):
     """Scores against the definition, computed one choice at a time without a batch."""
     folder, model = saved
     _, tokenizer = danube3.load_checkpoint(folder)
-    questions = [{"prompt": "Ada", "choices": [" lives", " keeps geese", "m"], "answer": 0},
-                 {"prompt": "She has", "choices": [" 2", " none \U0001F600 at all", " geese"], "answer": 1}]
+    questions = [
+        {"prompt": "Ada", "choices": [" lives", " keeps geese", "m"], "answer": 0},
+        {"prompt": "She has", "choices": [" 2", " none \U0001f600 at all", " geese"], "answer": 1},
+    ]
     expected = []
     for question in questions:
         prompt, scores = tokenizer.encode_prompt(question["prompt"]), []
         for choice in question["choices"]:
             ids = tokenizer.encode_prompt(question["prompt"] + choice)
-            start = next(i for i in range(len(ids)) if ids[:i + 1] != prompt[:i + 1])
+            start = next(i for i in range(len(ids)) if ids[: i + 1] != prompt[: i + 1])
             log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
         expected.append(scores.index(max(scores)))
@@ -217,5 +268,5 @@ def test_multiple_choice_by_hand(saved):
     rows = [(tokenizer.encode_prompt(text), 1) for text in ("Ada lives in Marrow.", "She", "He keeps 2 geese")]
     alone = [danube3.continuation_log_likelihood(model, [row])[0] for row in rows]
     assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
-    with pytest.raises(danube3.DanubeError, match='question 1 lacks'):
+    with pytest.raises(danube3.DanubeError, match="question 1 lacks"):
         danube3.multiple_choice(model, tokenizer, [{"prompt": "x"}])

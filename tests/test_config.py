@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from conftest import TINY, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import danube3
-from conftest import TINY, random_model
 
 
 @pytest.mark.parametrize("name, parameters", [("500m", 513_590_784), ("4b", 3_961_839_360)])
@@ -25,7 +25,10 @@ def test_parameters_counted(config):
 
 
 def test_published_constants():
-    for name, expected in {"500m": (1536, 4096, 16, 16, 8, 96, 0.02), "4b": (3840, 10240, 24, 32, 8, 120, 0.01)}.items():
+    for name, expected in {
+        "500m": (1536, 4096, 16, 16, 8, 96, 0.02),
+        "4b": (3840, 10240, 24, 32, 8, 120, 0.01),
+    }.items():
         config = danube3.CONFIGS[name]
         assert dataclasses.astuple(config)[:7] == expected
         assert dataclasses.astuple(config)[7:] == (32_000, 8_192, 100_000.0, 1e-5, 1, 2, 0)
@@ -79,22 +82,48 @@ def test_stage_boundaries():
         tokens += stage.tokens
         assert abs(end * per_step - tokens) <= per_step / 2
     first, second, _ = recipe.stage_ends
-    assert [recipe.stage_at(s) for s in (0, first - 1, first, second - 1, second, recipe.total_steps)] == [0, 0, 1, 1, 2, 2]
+    assert [recipe.stage_at(s) for s in (0, first - 1, first, second - 1, second, recipe.total_steps)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
     scaled = recipe.scaled_to(200_000)
     assert abs(scaled.total_steps * per_step - 200_000) <= per_step
     assert scaled.stages[0].tokens == recipe.stages[0].tokens * 200_000 // sum(s.tokens for s in recipe.stages)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("hidden_size", 0), ("hidden_size", -8), ("hidden_size", 40.0), ("hidden_size", True), ("hidden_size", "40"),
-    ("head_dim", 7), ("num_key_value_heads", 3), ("rms_norm_eps", 0.0), ("rope_theta", math.nan), ("eos_token_id", 330)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("hidden_size", 0),
+        ("hidden_size", -8),
+        ("hidden_size", 40.0),
+        ("hidden_size", True),
+        ("hidden_size", "40"),
+        ("head_dim", 7),
+        ("num_key_value_heads", 3),
+        ("rms_norm_eps", 0.0),
+        ("rope_theta", math.nan),
+        ("eos_token_id", 330),
+    ],
+)
 def test_nonsense_configuration(field, value):
     with pytest.raises(danube3.DanubeError, match=field.split("_")[0] if field != "eos_token_id" else "vocabulary"):
         dataclasses.replace(TINY, **{field: value})
 
 
-@pytest.mark.parametrize("changes, word", [({"tokens_per_step": 1000}, "micro-batches"), ({"micro_batch_size": 3}, "2048|2,048"),
-                                           ({"micro_batch_size": 0}, "at least 1"), ({"learning_rate": math.inf}, "learning rate")])
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"tokens_per_step": 1000}, "micro-batches"),
+        ({"micro_batch_size": 3}, "2048|2,048"),
+        ({"micro_batch_size": 0}, "at least 1"),
+        ({"learning_rate": math.inf}, "learning rate"),
+    ],
+)
 def test_nonsense_recipe(changes, word):
     with pytest.raises(danube3.DanubeError, match=word):
         dataclasses.replace(danube3.RECIPES["toy"], **changes)
@@ -105,7 +134,9 @@ def test_too_few_tokens():
         danube3.RECIPES["toy"].scaled_to(100)
 
 
-@pytest.mark.parametrize("text, tokens", [("7", 7), ("200k", 200_000), ("1.5M", 1_500_000), ("10B", 10 ** 10), ("4T", 4 * 10 ** 12)])
+@pytest.mark.parametrize(
+    "text, tokens", [("7", 7), ("200k", 200_000), ("1.5M", 1_500_000), ("10B", 10**10), ("4T", 4 * 10**12)]
+)
 def test_token_count(text, tokens):
     assert danube3.token_count(text) == tokens
 

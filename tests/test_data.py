@@ -8,11 +8,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import reference
 import torch
+from conftest import TINY
 
 import danube3
-import reference
-from conftest import TINY
 
 T = 16
 
@@ -22,7 +22,8 @@ def write_data(folder, tokenizer, tokens, shard_tokens=100):
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(tokenizer.model_file.read_bytes())
     counts = {}
-    for number, (name, count) in enumerate(tokens.items()):
+    for name, count in tokens.items():
+
         def documents(seed):
             draw, left = random.Random(f"{seed}{name}"), count
             while left > 0:
@@ -30,7 +31,11 @@ def write_data(folder, tokenizer, tokens, shard_tokens=100):
                 length = length if left - length - 2 > 2 or left == length + 2 else left - 2
                 yield [draw.randrange(3, TINY.vocab_size) for _ in range(length)]
                 left -= length + 2
-        counts[name] = {split: danube3.write_shards(folder, name, split, documents(split), shard_tokens) for split in ("train", "val")}
+
+        counts[name] = {
+            split: danube3.write_shards(folder, name, split, documents(split), shard_tokens)
+            for split in ("train", "val")
+        }
         assert sum(counts[name]["train"]) == count
     meta = {"sources": counts, "vocab_size": TINY.vocab_size, "tokenizer_sha256": tokenizer.sha256}
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -38,7 +43,10 @@ def write_data(folder, tokenizer, tokens, shard_tokens=100):
 
 
 def small_recipe(**changes):
-    stages = (danube3.Stage("one", 64 * 37, {"a": 7, "b": 2, "c": 1}), danube3.Stage("two", 64 * 20, {"a": 1, "b": 2, "c": 3}))
+    stages = (
+        danube3.Stage("one", 64 * 37, {"a": 7, "b": 2, "c": 1}),
+        danube3.Stage("two", 64 * 20, {"a": 1, "b": 2, "c": 3}),
+    )
     return dataclasses.replace(danube3.Recipe(stages, T, 64, 2, 1e-3), **changes)
 
 
@@ -67,16 +75,24 @@ def test_windows_run_across_shards(folder):
     tokens = np.concatenate([np.fromfile(path, dtype="<u2") for path in sorted(folder.glob("a-train-*.bin"))])
     assert source.windows == 1000 // T
     for i in range(source.windows):
-        assert np.array_equal(source.window(i), tokens[i * T:(i + 1) * T])
+        assert np.array_equal(source.window(i), tokens[i * T : (i + 1) * T])
 
 
-@pytest.mark.parametrize("weights", [{"web": 906, "b": 20, "c": 20, "d": 24, "e": 15, "f": 15}, {"a": 1}, {"a": 1, "b": 0, "c": 2},
-                                     {"a": 333, "b": 333, "c": 334}, {"a": 1, "b": 1000}])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"web": 906, "b": 20, "c": 20, "d": 24, "e": 15, "f": 15},
+        {"a": 1},
+        {"a": 1, "b": 0, "c": 2},
+        {"a": 333, "b": 333, "c": 334},
+        {"a": 1, "b": 1000},
+    ],
+)
 def test_mixture_pattern(weights):
     rows = 2 * sum(weights.values()) + 5
     pattern = danube3.mixture_pattern(weights, rows)
     assert pattern == reference.mixture_rows(weights, rows)
-    assert pattern[:sum(weights.values())] == pattern[sum(weights.values()):2 * sum(weights.values())]
+    assert pattern[: sum(weights.values())] == pattern[sum(weights.values()) : 2 * sum(weights.values())]
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -131,9 +147,9 @@ def test_no_window_repeats_before_all_were_used(folder):
     for name, windows in seen.items():
         n = batches.sources[name].windows
         for start in range(0, len(windows), n):
-            epoch = windows[start:start + n]
+            epoch = windows[start : start + n]
             assert len(set(epoch)) == len(epoch)
-        assert windows[:n] != windows[n:2 * n] or len(windows) < 2 * n
+        assert windows[:n] != windows[n : 2 * n] or len(windows) < 2 * n
 
 
 def test_a_batch_needs_no_history(folder):
@@ -147,8 +163,10 @@ def test_a_batch_needs_no_history(folder):
 
 def test_real_recipes_are_cheap_to_index(monkeypatch):
     """Row arithmetic of the 4b recipe at its far end: no list as long as the run."""
+
     class Fake:
-        windows = 10 ** 9
+        windows = 10**9
+
     monkeypatch.setattr(danube3.TokenData, "open", lambda *args: Fake)
     recipe = danube3.RECIPES["4b"]
     batches = danube3.StagedData(danube3.TokenData.__new__(danube3.TokenData), recipe)
@@ -156,8 +174,10 @@ def test_real_recipes_are_cheap_to_index(monkeypatch):
     share = Counter(batches.row(recipe.total_steps - 1, i)[0] for i in range(recipe.rows_per_step))
     assert abs(share["web"] - 0.516 * recipe.rows_per_step) < 2
     used = batches.used[-1]
-    expected = sum(Fraction(stage.mixture["web"], 1000) * (end - start) * recipe.rows_per_step
-                   for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends))
+    expected = sum(
+        Fraction(stage.mixture["web"], 1000) * (end - start) * recipe.rows_per_step
+        for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends)
+    )
     assert abs(used["web"] - expected) < 3 and sum(used.values()) == recipe.total_steps * recipe.rows_per_step
 
 
@@ -186,11 +206,20 @@ def damage(folder, how):
     return TINY
 
 
-@pytest.mark.parametrize("how, words", [
-    ("missing shard", "b-train-00001.bin is missing"), ("truncated shard", "b-train-00001.bin has .* bytes"),
-    ("odd shard", "b-train-00001.bin has .* bytes"), ("foreign ids", "b-train-00001.bin holds token id 60000, outside the vocabulary"),
-    ("no meta", "no data at"), ("broken meta", "meta.json cannot be read as JSON"), ("no source", "source 'b', but .* only a, c"),
-    ("other tokenizer", "is not the tokenizer that the shards were made with"), ("small vocabulary", "330 pieces, the configuration only 300")])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("missing shard", "b-train-00001.bin is missing"),
+        ("truncated shard", "b-train-00001.bin has .* bytes"),
+        ("odd shard", "b-train-00001.bin has .* bytes"),
+        ("foreign ids", "b-train-00001.bin holds token id 60000, outside the vocabulary"),
+        ("no meta", "no data at"),
+        ("broken meta", "meta.json cannot be read as JSON"),
+        ("no source", "source 'b', but .* only a, c"),
+        ("other tokenizer", "is not the tokenizer that the shards were made with"),
+        ("small vocabulary", "330 pieces, the configuration only 300"),
+    ],
+)
 def test_damaged_data(folder, how, words):
     config = damage(folder, how)
     with pytest.raises(danube3.DanubeError, match=words):

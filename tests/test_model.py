@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import TINY, random_model, transformers_model
 
 import danube3
-from conftest import TINY, random_model, transformers_model
 
 WIDE = dataclasses.replace(danube3.CONFIGS["4b"], num_hidden_layers=2, vocab_size=1_000)  # 0.3 billion parameters
 
@@ -31,7 +31,9 @@ def test_greedy_equals_transformers(config):
     ours = random_model(config, seed=3)
     theirs = transformers_model(config, ours.state_dict())
     ids = torch.randint(3, config.vocab_size, (1, 9), generator=torch.Generator().manual_seed(8))
-    expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0)
+    expected = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=0
+    )
     assert torch.equal(danube3.generate(ours, ids, 64), expected)
 
 
@@ -42,7 +44,9 @@ def test_gradients_equal_transformers():
     (ours(ids, ids) / (3 * 16)).backward()
     theirs(input_ids=ids, labels=ids).loss.backward()
     for name, q in theirs.named_parameters():
-        torch.testing.assert_close(ours.get_parameter(name).grad, q.grad, atol=1e-6, rtol=1e-5, msg=name)  # their rotary table is fp32
+        torch.testing.assert_close(
+            ours.get_parameter(name).grad, q.grad, atol=1e-6, rtol=1e-5, msg=name
+        )  # their rotary table is fp32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -53,7 +57,8 @@ def test_rotary_survives_half_precision(dtype):
     cos, sin = danube3.rotary_table(8_000, 8_010, TINY.head_dim, TINY.rope_theta, torch.device("cpu"))
     assert cos.dtype == sin.dtype == torch.float32
     exact = torch.arange(8_000, 8_010, dtype=torch.float64)[:, None] * TINY.rope_theta ** (
-        -torch.arange(0, TINY.head_dim, 2, dtype=torch.float64) / TINY.head_dim)
+        -torch.arange(0, TINY.head_dim, 2, dtype=torch.float64) / TINY.head_dim
+    )
     torch.testing.assert_close(cos.double(), exact.cos(), atol=1e-3, rtol=0)
     x = torch.randn(1, 2, 10, TINY.head_dim).to(dtype)
     turned = danube3.rotary_embedding(x, cos, sin)
@@ -106,7 +111,9 @@ def test_initial_weights():
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(p, q)
         if p.dim() == 2:
-            assert abs(p.std() / config.initializer_range - 1) < 0.02 and abs(p.mean()) < config.initializer_range / 20, name
+            assert (
+                abs(p.std() / config.initializer_range - 1) < 0.02 and abs(p.mean()) < config.initializer_range / 20
+            ), name
         else:
             assert torch.equal(p, torch.ones_like(p))
     assert not torch.equal(model.lm_head.weight, danube3.Danube3(config).init_weights(6).lm_head.weight)
@@ -114,13 +121,19 @@ def test_initial_weights():
     assert abs(loss - 6.93) < 0.4  # ln 1024: it knows nothing
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.5, 9, 0.6), (1.0, 1, 1.0),
-                                                       (1.0, 0, 1e-6), (2.0, 400, 0.95)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.5, 9, 0.6), (1.0, 1, 1.0), (1.0, 0, 1e-6), (2.0, 400, 0.95)],
+)
 def test_sampling_filters_equal_transformers(temperature, top_k, top_p):
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     logits = torch.randn(5, 330) * 3
-    warpers = [TemperatureLogitsWarper(temperature)] + [TopKLogitsWarper(k) for k in [top_k] if k] + [
-        TopPLogitsWarper(p) for p in [top_p] if p < 1]
+    warpers = (
+        [TemperatureLogitsWarper(temperature)]
+        + [TopKLogitsWarper(k) for k in [top_k] if k]
+        + [TopPLogitsWarper(p) for p in [top_p] if p < 1]
+    )
     expected = LogitsProcessorList(warpers)(None, logits).softmax(-1)
     torch.testing.assert_close(danube3.next_token_probabilities(logits, temperature, top_k, top_p), expected)
 
@@ -146,7 +159,7 @@ def test_generation_stops():
     out = danube3.generate(stopping, ids, 20)
     for row, reference in zip(out[:, 8:].tolist(), free[:, 8:].tolist()):
         end = reference.index(eos) if eos in reference else len(reference)
-        assert row[:end + 1] == reference[:end + 1][:len(row)] and set(row[end:]) <= {eos}
+        assert row[: end + 1] == reference[: end + 1][: len(row)] and set(row[end:]) <= {eos}
     assert danube3.generate(stopping, ids[:1], 20).shape[1] <= 8 + 5
     full = danube3.generate(model, ids, 10_000)
     assert full.shape[1] == TINY.max_position_embeddings or (full[:, -1] == 2).all()

@@ -1,6 +1,7 @@
 """Hold reference.py against independent implementations: PyTorch's own operations and autograd, central differences,
 torch.optim.AdamW, torch.nn.utils.clip_grad_norm_, and transformers' LlamaForCausalLM, all in float64.
 Seeds are new in each run; a failing test prints its own, and SEED=... pytest ... repeats it."""
+
 import ast
 import math
 import os
@@ -66,6 +67,7 @@ def assert_central_differences(f, gradients, arrays, grad, rng, step=1e-5, toler
 # --------------------------------------------------------------------------------------------------------------------
 # Kernels
 
+
 @pytest.mark.parametrize("shape", [(1, 1, 6), (2, 7, 96), (3, 33, 120), (5, 17)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])  # 1e-3: eps matters
 def test_rms_norm(rng, shape, scale):
@@ -103,7 +105,7 @@ def test_rotary_embedding(rng, T, h, groups):
     cos, sin = ref.rotary_table(np.arange(11, 11 + T), h, 1e5)
 
     def turn(x):  # pairs as complex numbers times e^(i angle)
-        turned = torch.complex(x[..., : h // 2], x[..., h // 2:]) * torch.complex(tensor(cos), tensor(sin)).detach()
+        turned = torch.complex(x[..., : h // 2], x[..., h // 2 :]) * torch.complex(tensor(cos), tensor(sin)).detach()
         return torch.cat([turned.real, turned.imag], dim=-1)
 
     grads = [ref.rotary_embedding_backward(grad, cos, sin)]
@@ -118,8 +120,12 @@ def test_rotary_depends_on_the_distance_only(rng, h):
     q, k = rng.standard_normal((1, h)), rng.standard_normal((1, h))
 
     def score(m, n):
-        return float((ref.rotary_embedding(q, *ref.rotary_table([m], h, 1e5))
-                      @ ref.rotary_embedding(k, *ref.rotary_table([n], h, 1e5)).T)[0, 0])
+        return float(
+            (
+                ref.rotary_embedding(q, *ref.rotary_table([m], h, 1e5))
+                @ ref.rotary_embedding(k, *ref.rotary_table([n], h, 1e5)).T
+            )[0, 0]
+        )
 
     for distance in (0, 1, 7, 100):
         for n in (1, 50, 3000):
@@ -212,8 +218,12 @@ def test_cross_entropy(rng, scale):
     logits, labels = scale * rng.standard_normal((33, 17)), rng.integers(0, 17, 33)
     labels[rng.permutation(33)[:12]] = -100
     dlogits = ref.cross_entropy_backward(logits, labels)
-    out = assert_gradients(lambda z: F.cross_entropy(z, torch.tensor(labels), reduction="sum", ignore_index=-100),
-                           [dlogits], (logits,), np.array(1.0))
+    out = assert_gradients(
+        lambda z: F.cross_entropy(z, torch.tensor(labels), reduction="sum", ignore_index=-100),
+        [dlogits],
+        (logits,),
+        np.array(1.0),
+    )
     assert abs(ref.cross_entropy(logits, labels) - out.item()) < 1e-12 * out.item()
     assert np.all(dlogits[labels == -100] == 0)
     if scale == 1.0:
@@ -234,21 +244,43 @@ def test_softmax(rng):
 # --------------------------------------------------------------------------------------------------------------------
 # The model against transformers
 
+
 def tiny_config(h=6, K=2, groups=2, layers=2, D=None, F_=20, V=37):
-    return SimpleNamespace(hidden_size=D or K * groups * h, intermediate_size=F_, num_hidden_layers=layers, head_dim=h,
-                           num_attention_heads=K * groups, num_key_value_heads=K, vocab_size=V, rope_theta=100_000.0,
-                           rms_norm_eps=1e-5, max_position_embeddings=64, eos_token_id=2)
+    return SimpleNamespace(
+        hidden_size=D or K * groups * h,
+        intermediate_size=F_,
+        num_hidden_layers=layers,
+        head_dim=h,
+        num_attention_heads=K * groups,
+        num_key_value_heads=K,
+        vocab_size=V,
+        rope_theta=100_000.0,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=64,
+        eos_token_id=2,
+    )
 
 
 def random_weights(rng, config, scale=0.3):
     D, h = config.hidden_size, config.head_dim
     H, K, width = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
-    shapes = {"self_attn.q_proj": (H * h, D), "self_attn.k_proj": (K * h, D), "self_attn.v_proj": (K * h, D),
-              "self_attn.o_proj": (D, H * h), "mlp.gate_proj": (width, D), "mlp.up_proj": (width, D),
-              "mlp.down_proj": (D, width), "input_layernorm": (D,), "post_attention_layernorm": (D,)}
+    shapes = {
+        "self_attn.q_proj": (H * h, D),
+        "self_attn.k_proj": (K * h, D),
+        "self_attn.v_proj": (K * h, D),
+        "self_attn.o_proj": (D, H * h),
+        "mlp.gate_proj": (width, D),
+        "mlp.up_proj": (width, D),
+        "mlp.down_proj": (D, width),
+        "input_layernorm": (D,),
+        "post_attention_layernorm": (D,),
+    }
     names = {f"model.layers.{i}.{n}.weight": s for i in range(config.num_hidden_layers) for n, s in shapes.items()}
-    names |= {"model.embed_tokens.weight": (config.vocab_size, D), "model.norm.weight": (D,),
-              "lm_head.weight": (config.vocab_size, D)}
+    names |= {
+        "model.embed_tokens.weight": (config.vocab_size, D),
+        "model.norm.weight": (D,),
+        "lm_head.weight": (config.vocab_size, D),
+    }
     return {n: rng.normal(0, scale, s) if len(s) == 2 else rng.normal(1, 0.4, s) for n, s in names.items()}
 
 
@@ -258,6 +290,7 @@ def float64_transformers(monkeypatch):
     code runs unchanged, but the names it calls float32 by mean float64 (`torch.float32` and `torch.float` as seen from
     its Llama module, and the method `.float()`)."""
     import transformers.models.llama.modeling_llama as llama
+
     wider = SimpleNamespace(**{**vars(torch), "float32": torch.float64, "float": torch.float64})
     monkeypatch.setattr(llama, "torch", wider)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
@@ -267,10 +300,19 @@ def llama_model(config, weights, dtype=torch.float64):
     """pad_token_id stays None: with 0, transformers makes row 0 of the input embedding a `padding_idx`, which never
     gets a gradient, even where token 0 is an ordinary <unk> in the text."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     fields = {k: v for k, v in vars(config).items() if k != "rope_theta"}
-    hf_config = LlamaConfig(**fields, rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                            tie_word_embeddings=False, attention_bias=False, mlp_bias=False, hidden_act="silu",
-                            bos_token_id=1, pad_token_id=None, attn_implementation="eager")
+    hf_config = LlamaConfig(
+        **fields,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        hidden_act="silu",
+        bos_token_id=1,
+        pad_token_id=None,
+        attn_implementation="eager",
+    )
     model = LlamaForCausalLM(hf_config).to(dtype)
     missing, unexpected = model.load_state_dict({n: torch.tensor(w) for n, w in weights.items()}, strict=False)
     assert not missing and not unexpected
@@ -304,8 +346,12 @@ def test_model_against_transformers(rng, float64_transformers, T, h, K, groups, 
     if count == 0:
         assert loss == 0.0 and all(np.all(g == 0) for g in grads.values())
         return
-    theirs = model(input_ids=torch.tensor(input_ids), labels=torch.tensor(labels), num_items_in_batch=count,
-                   use_cache=False).loss * count
+    theirs = (
+        model(
+            input_ids=torch.tensor(input_ids), labels=torch.tensor(labels), num_items_in_batch=count, use_cache=False
+        ).loss
+        * count
+    )
     theirs.backward()
     assert theirs.dtype == torch.float64
     assert abs(loss - theirs.item()) < 1e-10 * theirs.item()
@@ -386,8 +432,10 @@ def test_decode_against_transformers_with_cache(rng, float64_transformers):
 # --------------------------------------------------------------------------------------------------------------------
 # Sampling
 
+
 def test_filter_logits_against_transformers(rng):
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
     for _ in range(200):
         V = int(rng.integers(1, 60))
         logits, temperature = 3 * rng.standard_normal(V), float(rng.choice([0.3, 0.8, 1.0, 1.7]))
@@ -433,8 +481,14 @@ def test_generate(rng, float64_transformers, T):
         config.eos_token_id = eos
         ours = ref.generate(input_ids, weights, config, 9, use_cache=True)
         assert np.array_equal(ours, ref.generate(input_ids, weights, config, 9, use_cache=False))
-        theirs = model.generate(torch.tensor(input_ids), attention_mask=torch.ones(3, T, dtype=torch.long),
-                                max_new_tokens=9, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+        theirs = model.generate(
+            torch.tensor(input_ids),
+            attention_mask=torch.ones(3, T, dtype=torch.long),
+            max_new_tokens=9,
+            do_sample=False,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
         assert np.array_equal(ours, theirs.numpy())
     config.eos_token_id = int(free[0, T])
     assert ref.generate(input_ids[:1], weights, config, 9, True).shape == (1, T + 1)  # stops at once
@@ -443,6 +497,7 @@ def test_generate(rng, float64_transformers, T):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Optimizer, schedule, mixture, whole steps
+
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_adamw(rng, weight_decay):
@@ -495,7 +550,7 @@ def test_learning_rate():
 def test_learning_rate_edges():
     assert ref.learning_rate(0, 10, 0, 1.0, 0.1) == 1.0  # no warm-up
     assert ref.learning_rate(9, 10, 9, 1.0, 0.1) == 1.0  # one step after warm-up: the peak
-    assert ref.learning_rate(0, 1, 0, 1.0, 0.1) == 1.0   # a single step
+    assert ref.learning_rate(0, 1, 0, 1.0, 0.1) == 1.0  # a single step
     assert ref.learning_rate(2, 3, 10, 1.0, 0.1) == pytest.approx(0.3)  # ends inside warm-up
     assert ref.learning_rate(99, 10, 2, 1.0, 0.1) == pytest.approx(0.1)  # beyond the end: the minimum
 
@@ -510,7 +565,7 @@ def random_mixture(rng):
     elif kind == 2:
         weights = 10 ** rng.integers(0, 5, n)  # very unequal
     else:
-        weights = rng.integers(0, 4, n)        # zeros among them
+        weights = rng.integers(0, 4, n)  # zeros among them
         weights[0] += 1
     return {f"source{i}": int(w) for i, w in enumerate(weights)}
 
@@ -554,8 +609,10 @@ def test_train_steps_against_transformers(rng, float64_transformers):
 
     def theirs(grad_clip):
         model = llama_model(config, weights)
-        groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-                  {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
         losses, norms = [], []
         for lr, step in zip((0.01, 0.02, 0.02, 0.011, 0.002), steps, strict=True):  # 0.011: half-way down the cosine
@@ -587,6 +644,7 @@ def test_train_steps_against_transformers(rng, float64_transformers):
 
 # --------------------------------------------------------------------------------------------------------------------
 # The file itself
+
 
 def test_style():
     text = pathlib.Path(ref.__file__).read_text()

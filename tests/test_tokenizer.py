@@ -4,25 +4,39 @@ import random
 import re
 
 import pytest
+from conftest import SENTENCES
 
 import danube3
-from conftest import SENTENCES
 from danube3 import IGNORE
 
-TEXTS = ["Hello world", "a  b\n\nc \u00e9 \U0001F600", "tab\there", "", "12 345", "</s>", "<s>hi</s>", "x </s> y", "<|answer|>=> yes",
-         "\u4f60\u597d", "trailing  ", *SENTENCES]
+TEXTS = [
+    "Hello world",
+    "a  b\n\nc \u00e9 \U0001f600",
+    "tab\there",
+    "",
+    "12 345",
+    "</s>",
+    "<s>hi</s>",
+    "x </s> y",
+    "<|answer|>=> yes",
+    "\u4f60\u597d",
+    "trailing  ",
+    *SENTENCES,
+]
 
 
 @pytest.fixture(scope="module")
 def mistral():
     """The published tokenizer, which the package mistral-common carries."""
     from importlib.resources import files
+
     return danube3.Tokenizer(files("mistral_common") / "data" / "tokenizer.model.v1", add_bos=True)
 
 
 def transformers_tokenizer(tokenizer, folder):
     """AutoTokenizer on a folder that we wrote."""
     from transformers import AutoTokenizer
+
     model = danube3.Danube3(danube3.DanubeConfig(8, 8, 1, 1, 1, 2, 0.1, vocab_size=tokenizer.vocab_size))
     danube3.save_checkpoint(folder, model, tokenizer)
     return AutoTokenizer.from_pretrained(folder)
@@ -32,7 +46,27 @@ def test_published_ids(mistral):
     """[R] The ids of the model card's example."""
     conversation = [{"role": "user", "content": "Why is drinking water so healthy?"}]
     ids, labels = danube3.render_chat(conversation, mistral, add_generation_prompt=True)
-    assert ids == [523, 28766, 14350, 447, 28766, 28767, 7638, 349, 11605, 2130, 579, 7783, 28804, 2, 523, 28766, 24115, 28766, 28767]
+    assert ids == [
+        523,
+        28766,
+        14350,
+        447,
+        28766,
+        28767,
+        7638,
+        349,
+        11605,
+        2130,
+        579,
+        7783,
+        28804,
+        2,
+        523,
+        28766,
+        24115,
+        28766,
+        28767,
+    ]
     assert labels == [IGNORE] * len(ids)
     ids, labels = danube3.render_chat([*conversation, {"role": "assistant", "content": "Because it is."}], mistral)
     assert ids[-5:] == labels[-5:] == [17098, 378, 349, 28723, 2]
@@ -43,18 +77,25 @@ def test_published_ids(mistral):
 def test_equal_to_transformers(which, tokenizer, mistral, tmp_path):
     ours = tokenizer if which == "toy" else mistral
     theirs = transformers_tokenizer(ours, tmp_path / "folder")
-    # transformers 5 rebuilds the merges from the file and puts Mistral's pieces of several spaces, which have the lowest
-    # score, first; sentencepiece, with which the model was trained, puts them last. So no runs of spaces there.
+    # transformers 5 rebuilds the merges from the file and puts Mistral's pieces of several spaces, which have the
+    # lowest score, first; sentencepiece, with which the model was trained, puts them last. So no runs of spaces there.
     squeeze = (lambda text: re.sub(" +", " ", text)) if which == "mistral" else str
     for text in map(squeeze, TEXTS):
         if "<s>" not in text and "</s>" not in text:  # where theirs turns text into control tokens, ours must differ
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
             assert ours.encode_prompt(text) == theirs.encode(text), text
-    conversation = [{"role": role, "content": squeeze(text)} for role, text in zip(
-        ["user", "assistant"] * 4, ["Hi", "Ada lives  in Marrow.", " leading", "a\nb", "\u00e9t\u00e9 \U0001F600", "", "2 + 2?", "= 4"])]
+    conversation = [
+        {"role": role, "content": squeeze(text)}
+        for role, text in zip(
+            ["user", "assistant"] * 4,
+            ["Hi", "Ada lives  in Marrow.", " leading", "a\nb", "\u00e9t\u00e9 \U0001f600", "", "2 + 2?", "= 4"],
+        )
+    ]
     for length in range(1, 9):
         for prompt in (False, True):
-            expected = theirs.apply_chat_template(conversation[:length], add_generation_prompt=prompt, return_dict=False)
+            expected = theirs.apply_chat_template(
+                conversation[:length], add_generation_prompt=prompt, return_dict=False
+            )
             assert danube3.render_chat(conversation[:length], ours, prompt)[0] == expected
     with pytest.raises(Exception, match="System role not supported"):
         theirs.apply_chat_template([{"role": "system", "content": "x"}])
@@ -63,26 +104,40 @@ def test_equal_to_transformers(which, tokenizer, mistral, tmp_path):
 def test_text_never_becomes_a_control_token(tokenizer):
     for text in TEXTS:
         assert not {0, 1, 2} & set(tokenizer.encode(text)), text
-        ids, _ = danube3.render_chat([{"role": "user", "content": text}, {"role": "assistant", "content": text}], tokenizer)
+        ids, _ = danube3.render_chat(
+            [{"role": "user", "content": text}, {"role": "assistant", "content": text}], tokenizer
+        )
         assert [i for i in ids if i < 3] == [2, 2] and ids[-1] == 2
     assert tokenizer.encode_prompt("</s>")[0] == 1 and 2 not in tokenizer.encode_prompt("</s>")
 
 
 def test_labels_are_the_answers(tokenizer):
-    turns = [{"role": role, "content": text} for role, text in
-             [("user", "Who?"), ("assistant", "Ada lives in Marrow."), ("user", "And?"), ("assistant", "She has 2 geese.")]]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in [
+            ("user", "Who?"),
+            ("assistant", "Ada lives in Marrow."),
+            ("user", "And?"),
+            ("assistant", "She has 2 geese."),
+        ]
+    ]
     ids, labels = danube3.render_chat(turns, tokenizer)
     assert len(ids) == len(labels)
     assert all(label in (IGNORE, i) for i, label in zip(ids, labels))
     learned = [i for i in labels if i != IGNORE]
     ends = [i for i, label in enumerate(learned) if label == 2]
     assert len(ends) == 2 and ends[-1] == len(learned) - 1
-    assert tokenizer.decode(learned[:ends[0]]) == "Ada lives in Marrow."
-    assert tokenizer.decode(learned[ends[0] + 1:-1]) == "She has 2 geese."
+    assert tokenizer.decode(learned[: ends[0]]) == "Ada lives in Marrow."
+    assert tokenizer.decode(learned[ends[0] + 1 : -1]) == "She has 2 geese."
 
 
-@pytest.mark.parametrize("messages, word", [([{"role": "system", "content": "x"}], "System role not supported"),
-                                            ([{"role": "tool", "content": "x"}], "unknown chat role")])
+@pytest.mark.parametrize(
+    "messages, word",
+    [
+        ([{"role": "system", "content": "x"}], "System role not supported"),
+        ([{"role": "tool", "content": "x"}], "unknown chat role"),
+    ],
+)
 def test_roles_refused(messages, word, tokenizer):
     with pytest.raises(danube3.DanubeError, match=word):
         danube3.render_chat(messages, tokenizer)
@@ -90,9 +145,9 @@ def test_roles_refused(messages, word, tokenizer):
 
 @pytest.mark.parametrize("which", ["toy", "mistral"])
 def test_streaming_loses_nothing(which, tokenizer, mistral):
-    """Text streamed after a prompt is the decoded whole, for every place to cut it, and never holds half a character."""
+    """Text streamed after a prompt is the decoded whole, wherever it is cut, and never holds half a character."""
     tokenizer = tokenizer if which == "toy" else mistral
-    for text in [*SENTENCES, "one two  three\n four", "\U0001F600\U0001F601 \u4f60\u597d!"]:
+    for text in [*SENTENCES, "one two  three\n four", "\U0001f600\U0001f601 \u4f60\u597d!"]:
         ids = tokenizer.encode_prompt(text)
         for cut in range(1, len(ids)):
             if "\ufffd" in tokenizer.decode(ids[:cut]):
@@ -114,7 +169,7 @@ def test_streaming_random_ids(tokenizer):
 
 
 def test_held_back_bytes_are_given_out_at_the_end(tokenizer):
-    ids = tokenizer.encode("\U0001F422")[:-1]  # a turtle, which is not in the vocabulary: bytes
+    ids = tokenizer.encode("\U0001f422")[:-1]  # a turtle, which is not in the vocabulary: bytes
     stream = danube3.StreamDecoder(tokenizer, tokenizer.encode_prompt("Ada"))
     assert "".join(map(stream.feed, ids)).strip() == "" and "\ufffd" in stream.finish()
 
@@ -125,7 +180,9 @@ def test_settings_and_determinism(tokenizer, tmp_path):
     pieces = tokenizer.pieces
     assert [pieces.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
     assert sum(pieces.is_byte(i) for i in range(pieces.vocab_size())) == 256
-    assert tokenizer.decode(tokenizer.encode("  a   b \u2160 \ufb01")) == "  a   b \u2160 \ufb01"  # nothing normalised away
+    assert (
+        tokenizer.decode(tokenizer.encode("  a   b \u2160 \ufb01")) == "  a   b \u2160 \ufb01"
+    )  # nothing normalised away
     digits = [pieces.id_to_piece(i) for i in tokenizer.encode("1234 2024") if not pieces.is_byte(i)]
     assert all(len(piece.strip("\u2581")) <= 1 for piece in digits)
 

@@ -12,12 +12,12 @@ import sys
 import time
 
 import pytest
+import reference
 import safetensors.torch
 import torch
+from conftest import ROOT, TINY, one_line_error, random_model, run, transformers_model
 
 import danube3
-import reference
-from conftest import ROOT, TINY, one_line_error, random_model, run, transformers_model
 
 SMALL = ("--tokens", "41k", "--device", "cpu")  # 20 steps of 2,048 tokens: 10, 5 and 5 in the three stages
 
@@ -32,15 +32,28 @@ def test_twenty_steps_equal_transformers(toy_data):
     data = danube3.TokenData(toy_data, config, recipe.sequence_length)
     batches, model = danube3.StagedData(data, recipe), random_model(config).train()
     theirs = transformers_model(config, model.state_dict(), pad_token_id=None).train()
-    ours, plain = danube3.make_optimizer(model, recipe), torch.optim.AdamW([
-        {"params": [p for name, p in theirs.named_parameters() if "norm" not in name], "weight_decay": recipe.weight_decay},
-        {"params": [p for name, p in theirs.named_parameters() if "norm" in name], "weight_decay": 0.0}],
-        lr=1.0, betas=(recipe.beta1, recipe.beta2), eps=recipe.adam_eps)
+    ours, plain = (
+        danube3.make_optimizer(model, recipe),
+        torch.optim.AdamW(
+            [
+                {
+                    "params": [p for name, p in theirs.named_parameters() if "norm" not in name],
+                    "weight_decay": recipe.weight_decay,
+                },
+                {"params": [p for name, p in theirs.named_parameters() if "norm" in name], "weight_decay": 0.0},
+            ],
+            lr=1.0,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.adam_eps,
+        ),
+    )
     for step in range(recipe.total_steps):
         input_ids, labels = batches.batch(step)
         loss, norm = danube3.train_step(model, ours, input_ids, labels, recipe, step)
         for group in plain.param_groups:
-            group["lr"] = reference.learning_rate(step, recipe.total_steps, 1, recipe.learning_rate, recipe.min_learning_rate)
+            group["lr"] = reference.learning_rate(
+                step, recipe.total_steps, 1, recipe.learning_rate, recipe.min_learning_rate
+            )
         expected = theirs(input_ids=input_ids, labels=labels).loss
         expected.backward()
         expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), recipe.grad_clip)
@@ -60,7 +73,9 @@ def test_accumulation_changes_nothing(micro_batch_size):
     for size in (8, micro_batch_size):
         model = random_model(TINY, dtype=torch.float64)
         optimizer = danube3.make_optimizer(model, recipe)
-        loss, norm = danube3.train_step(model, optimizer, ids, labels, dataclasses.replace(recipe, micro_batch_size=size), 500)
+        loss, norm = danube3.train_step(
+            model, optimizer, ids, labels, dataclasses.replace(recipe, micro_batch_size=size), 500
+        )
         results.append((loss, norm, *model.parameters()))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
@@ -83,12 +98,18 @@ def test_learning_rate_is_the_reference():
     for recipe in (danube3.RECIPES["toy"], toy_recipe(), toy_recipe(min_learning_rate=1e-3, warmup_fraction=0.4)):
         total, warmup = recipe.total_steps, max(1, round(recipe.warmup_fraction * recipe.total_steps))
         rates = [danube3.learning_rate(step, recipe) for step in range(total)]
-        expected = [reference.learning_rate(s, total, warmup, recipe.learning_rate, recipe.min_learning_rate) for s in range(total)]
+        expected = [
+            reference.learning_rate(s, total, warmup, recipe.learning_rate, recipe.min_learning_rate)
+            for s in range(total)
+        ]
         assert rates == pytest.approx(expected, rel=1e-12)
-        assert rates[-1] == pytest.approx(recipe.min_learning_rate, abs=1e-15) and max(rates) == pytest.approx(recipe.learning_rate)
+        assert rates[-1] == pytest.approx(recipe.min_learning_rate, abs=1e-15) and max(rates) == pytest.approx(
+            recipe.learning_rate
+        )
 
 
 # ------------------------------------------------------------------------------------------------ whole runs, by kill
+
 
 def command(data, out, *flags):
     return [sys.executable, "train.py", "--data", str(data), "--out", str(out), *SMALL, "--save-every", "4", *flags]
@@ -116,12 +137,18 @@ def test_a_run_from_the_command_line(undisturbed, toy_data):
     out, result = undisturbed
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.jsonl", "step-0000020"]
     assert "held-out questions right" in result.stdout and "--- a sample" in result.stdout
-    assert re.search(r"stage 3.* 20/20 .*loss \d+\.\d+, [\d,]+ tokens/s, \d+% of peak", result.stderr.replace("\r", "\n"))
+    assert re.search(
+        r"stage 3.* 20/20 .*loss \d+\.\d+, [\d,]+ tokens/s, \d+% of peak", result.stderr.replace("\r", "\n")
+    )
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [e for e in entries if "loss" in e]
-    assert [e["step"] for e in steps] == list(range(1, 21)) and [e["tokens"] for e in steps] == [2048 * i for i in range(1, 21)]
+    assert [e["step"] for e in steps] == list(range(1, 21)) and [e["tokens"] for e in steps] == [
+        2048 * i for i in range(1, 21)
+    ]
     assert [e["stage"][-1] for e in steps] == ["1"] * 10 + ["2"] * 5 + ["3"] * 5
-    assert all(set(e) == {"step", "stage", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"} for e in steps)
+    assert all(
+        set(e) == {"step", "stage", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"} for e in steps
+    )
     checks = [e for e in entries if "val_loss" in e]
     assert [(e["step"], e["stage"][-1]) for e in checks] == [(0, "1"), (10, "1"), (15, "2"), (20, "3")]
     assert all(set(e["val_loss"]) == set(danube3.SOURCES) for e in checks)
@@ -153,10 +180,12 @@ def kill_when(process, out, step):
 
 
 def test_killed_twice_ends_in_the_same_bits(undisturbed, toy_data, tmp_path):
-    """Killed in stage 1, and again after resuming across the boundary to stage 2: weights and metrics as if nothing had been."""
+    """Killed in stage 1, and again after crossing into stage 2: weights and metrics as if nothing had been."""
     out = tmp_path / "killed"
     for flags, step in (([], 7), (["--resume"], 13)):
-        process = subprocess.Popen(command(toy_data, out, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(toy_data, out, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         kill_when(process, out, step)
         assert process.returncode == -signal.SIGKILL
         assert danube3.checkpoints_in(out)
@@ -172,7 +201,9 @@ def test_killed_twice_ends_in_the_same_bits(undisturbed, toy_data, tmp_path):
 def test_interrupted_run_finishes_its_step(undisturbed, toy_data, tmp_path):
     """Ctrl-C: the step is finished, saved, the way to go on is said, and it works."""
     out = tmp_path / "interrupted"
-    process = subprocess.Popen(command(toy_data, out), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(toy_data, out), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     while not ((out / "metrics.jsonl").exists() and '"step": 5, ' in (out / "metrics.jsonl").read_text()):
         assert process.poll() is None
         time.sleep(0.01)
@@ -198,9 +229,14 @@ def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path):
     assert run(*command(toy_data, out, "--resume", "--micro-batch-size", 4)[1:]).returncode == 0
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--tokens", "82k", "--resume"], "another recipe: stages"), (["--learning-rate", "0.1", "--resume"], "another recipe: learning_rate"),
-    ([], "already holds a run: add --resume .* or choose another --out")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tokens", "82k", "--resume"], "another recipe: stages"),
+        (["--learning-rate", "0.1", "--resume"], "another recipe: learning_rate"),
+        ([], "already holds a run: add --resume .* or choose another --out"),
+    ],
+)
 def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
     out, _ = undisturbed
     before = final_weights(out), losses(out)
@@ -208,12 +244,23 @@ def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
     assert (final_weights(out), losses(out)) == before
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--config", "9b"], "invalid choice: '9b'"), (["--tokens", "many"], "no token count"), (["--tokens", "5"], "less than one step"),
-    (["--resume"], "nothing to resume"), (["--micro-batch-size", "3"], "is not a whole number of micro-batches .* --tokens-per-step"),
-    (["--micro-batch-size", "0"], "at least 1"), (["--learning-rate", "-1"], "learning rate"), (["--device", "abacus"], "abacus"),
-    (["--config", "500m", "--data", "nowhere"], "no data at nowhere"), (["--data", "nowhere"], "no data at nowhere"),
-    (["--config", "500m", "--tokens", "10G"], "no token count"), (["--frobnicate"], "--frobnicate")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config", "9b"], "invalid choice: '9b'"),
+        (["--tokens", "many"], "no token count"),
+        (["--tokens", "5"], "less than one step"),
+        (["--resume"], "nothing to resume"),
+        (["--micro-batch-size", "3"], "is not a whole number of micro-batches .* --tokens-per-step"),
+        (["--micro-batch-size", "0"], "at least 1"),
+        (["--learning-rate", "-1"], "learning rate"),
+        (["--device", "abacus"], "abacus"),
+        (["--config", "500m", "--data", "nowhere"], "no data at nowhere"),
+        (["--data", "nowhere"], "no data at nowhere"),
+        (["--config", "500m", "--tokens", "10G"], "no token count"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
 def test_bad_flags_get_one_line(flags, words, tmp_path):
     out = tmp_path / "run"
     assert re.search(words, one_line_error(run("train.py", "--out", out, *flags)))
@@ -231,6 +278,7 @@ def test_the_plan_of_500m():
 
 
 # ------------------------------------------------------------------------------------------------ numbers that are none
+
 
 class Poisoned:
     """Batches whose steps from `first` on, `count` of them, blow the model up."""
@@ -259,7 +307,9 @@ def test_losses_that_are_not_finite(count, toy_data, tmp_path, tokenizer):
         with pytest.raises(danube3.DanubeError, match="5 steps in a row, up to step 10;"):
             danube3.train(run_, poisoned, dict)
         kept = safetensors.torch.load_file(danube3.find_checkpoint(tmp_path) / "model.safetensors")
-        assert all(w.isfinite().all() for w in kept.values()) and danube3.find_checkpoint(tmp_path).name == "step-0000008"
+        assert (
+            all(w.isfinite().all() for w in kept.values()) and danube3.find_checkpoint(tmp_path).name == "step-0000008"
+        )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in lines if "lr" in e and e["loss"] is None] == list(range(6, 6 + count))
 

@@ -1,0 +1,165 @@
+"""Each kernel against its NumPy twin, forward and backward, on shapes where H != K and T != S."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import TINY, random_model
+
+import danube3
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def draw():
+    """Random tensors, new in every run; a failing test shows its seed."""
+    seed = int(np.random.SeedSequence().entropy % 2**31)
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape, dtype: (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    )
+
+
+def agree(tensor, array, dtype):
+    array = torch.from_numpy(np.asarray(array, dtype=np.float64))
+    error = (tensor.detach().double() - array).abs().max() / array.abs().max().clamp(min=1e-3)
+    assert tensor.shape == array.shape and error < TOLERANCE[dtype], error
+
+
+def numpy(tensor):
+    return tensor.detach().double().numpy()
+
+
+@pytest.mark.parametrize("shape", [(1, 6), (2, 7, 96), (3, 33, 120)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0])  # at 1e-3, eps matters
+def test_rms_norm(shape, scale, dtype, draw):
+    x, weight, grad = draw(*shape, dtype=dtype), draw(shape[-1], dtype=dtype), draw(*shape, dtype=dtype)
+    x = (x * scale).detach().requires_grad_()
+    y = danube3.rms_norm(x, weight, 1e-5)
+    agree(y, reference.rms_norm(numpy(x), numpy(weight), 1e-5), dtype)
+    y.backward(grad)
+    for ours, twin in zip(
+        (x.grad, weight.grad), reference.rms_norm_backward(numpy(grad), numpy(x), numpy(weight), 1e-5)
+    ):
+        agree(ours, twin, dtype)
+
+
+def test_rms_norm_in_half_precision(draw):
+    """A row whose squares overflow fp16, and one that bf16 could not sum."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x, weight = (draw(4, 120, dtype=torch.float64) * 300).to(dtype).detach(), draw(120, dtype=dtype).detach()
+        y = danube3.rms_norm(x, weight, 1e-5)
+        expected = torch.from_numpy(reference.rms_norm(numpy(x), numpy(weight), 1e-5))
+        assert (
+            y.dtype == dtype
+            and ((y.double() - expected).abs() <= expected.abs() * 3 * torch.finfo(dtype).eps + 1e-6).all()
+        )
+
+
+@pytest.mark.parametrize("h", [6, 96, 120])
+@pytest.mark.parametrize("start, T", [(0, 1), (0, 7), (5, 33), (1000, 2)])
+def test_rotary_embedding(h, start, T, dtype, draw):
+    x, grad = draw(2, 3, T, h, dtype=dtype), draw(2, 3, T, h, dtype=dtype)
+    tables = danube3.rotary_table(start, start + T, h, 100_000.0, x.device)
+    for ours, twin in zip(tables, reference.rotary_table(np.arange(start, start + T), h, 100_000.0)):
+        assert ours.shape == twin.shape == (T, h // 2) and np.abs(numpy(ours) - twin).max() < 1e-4  # fp32 angles
+    cos, sin = (table.to(dtype) for table in tables)
+    y = danube3.rotary_embedding(x, cos, sin)
+    agree(y, reference.rotary_embedding(numpy(x), numpy(cos), numpy(sin)), dtype)
+    y.backward(grad)
+    agree(x.grad, reference.rotary_embedding_backward(numpy(grad), numpy(cos), numpy(sin)), dtype)
+
+
+def test_rotary_depends_on_distance_only(draw):
+    q, k = draw(1, 1, 1, 120, dtype=torch.float64), draw(1, 1, 1, 120, dtype=torch.float64)
+
+    def product(m, n):
+        turn = [
+            danube3.rotary_embedding(x, *danube3.rotary_table(p, p + 1, 120, 1e5, x.device))
+            for x, p in ((q, m), (k, n))
+        ]
+        return (turn[0] * turn[1]).sum()
+
+    torch.testing.assert_close(product(9, 4), product(105, 100), rtol=1e-4, atol=1e-4)
+    assert (product(9, 4) - product(9, 5)).abs() > 1e-2
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (4, 1), (6, 3)])
+@pytest.mark.parametrize("T, S", [(1, 1), (2, 2), (7, 7), (33, 33), (1, 9), (5, 9), (2, 33)])
+def test_grouped_query_attention(H, K, T, S, dtype, draw):
+    h = 6 if S < 33 else 120
+    q, k, v = (draw(2, n, length, h, dtype=dtype) for n, length in ((H, T), (K, S), (K, S)))
+    grad = draw(2, H, T, h, dtype=dtype)
+    y = danube3.grouped_query_attention(q, k, v)
+    agree(y, reference.grouped_query_attention(numpy(q), numpy(k), numpy(v)), dtype)
+    y.backward(grad)
+    twins = reference.grouped_query_attention_backward(numpy(grad), numpy(q), numpy(k), numpy(v))
+    for ours, twin in zip((q.grad, k.grad, v.grad), twins):
+        agree(ours, twin, dtype)
+
+
+def test_swiglu(dtype, draw):
+    gate, up, grad = (draw(2, 7, 56, dtype=dtype) for _ in range(3))
+    y = danube3.swiglu(gate, up)
+    agree(y, reference.swiglu(numpy(gate), numpy(up)), dtype)
+    y.backward(grad)
+    for ours, twin in zip((gate.grad, up.grad), reference.swiglu_backward(numpy(grad), numpy(gate), numpy(up))):
+        agree(ours, twin, dtype)
+
+
+@pytest.mark.parametrize("ignored", [0, 3, 9])
+def test_cross_entropy(ignored, dtype, draw):
+    logits, labels = draw(9, 330, dtype=dtype), torch.randint(0, 330, (9,))
+    labels[:ignored] = danube3.IGNORE
+    loss = danube3.cross_entropy(logits, labels)
+    agree(loss, reference.cross_entropy(numpy(logits), labels.numpy()), dtype)
+    loss.backward()
+    agree(logits.grad, reference.cross_entropy_backward(numpy(logits), labels.numpy()), dtype)
+
+
+@pytest.mark.parametrize("T", [2, 7, 33])
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1, "head_dim": 96}, {"num_key_value_heads": 4}])
+def test_whole_model_and_its_gradient(T, changes):
+    """Loss and gradient of every parameter: the derivatives written out by hand against autograd."""
+    config = dataclasses.replace(TINY, **changes)
+    model = random_model(config, dtype=torch.float64)
+    ids = torch.randint(0, config.vocab_size, (2, T))
+    labels = ids.masked_fill(torch.arange(T) == T // 2 + 1, danube3.IGNORE)
+    weights = {name: numpy(p) for name, p in model.named_parameters()}
+    loss = model(ids, labels)
+    loss.backward()
+    expected, count, gradients = reference.danube3_loss_and_gradients(ids.numpy(), labels.numpy(), weights, config)
+    assert loss.item() == pytest.approx(float(expected), rel=1e-6) and count == (labels[:, 1:] != danube3.IGNORE).sum()
+    assert set(gradients) == set(weights)
+    scale = max(np.abs(g).max() for g in gradients.values())
+    for name, p in model.named_parameters():  # the model's rotary tables are fp32, the twin's float64
+        assert np.abs(p.grad.numpy() - gradients[name]).max() < 1e-5 * scale, name
+
+
+def test_generation_against_the_twin():
+    model = random_model(TINY, dtype=torch.float64)
+    weights = {name: numpy(p) for name, p in model.named_parameters()}
+    ids = torch.randint(3, TINY.vocab_size, (1, 6))
+    for use_cache in (True, False):
+        expected = reference.generate(ids.numpy(), weights, TINY, 12, use_cache)
+        assert np.array_equal(danube3.generate(model, ids, 12).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.5, 9, 0.6), (1.0, 0, 1e-9)]
+)
+def test_sampling_filter_against_the_twin(temperature, top_k, top_p, draw):
+    logits = draw(3, 330, dtype=torch.float32).detach() * 3
+    ours = danube3.next_token_probabilities(logits, temperature, top_k, top_p)
+    for row, twin in zip(ours, logits):
+        expected = reference.filter_logits(numpy(twin), temperature, top_k, top_p)
+        assert np.abs(numpy(row) - expected).max() < 1e-5

@@ -1,0 +1,155 @@
+"""The toy world: the same bytes each time, honest sources, and held-out facts that are never asked."""
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import run
+
+import danube3
+from data import toy
+
+
+@pytest.fixture(scope="module")
+def world():
+    return toy.World(0)
+
+
+def texts(world, source, count, seed=1):
+    return list(itertools.islice(toy.documents(world, source, random.Random(seed)), count))
+
+
+def test_same_seed_same_bytes(toy_data, tmp_path):
+    """Made again, in another process with another hash seed: the same files, the whole list of digests."""
+    assert run("data/toy.py", "--out", tmp_path / "again", env={"PYTHONHASHSEED": "7"}).returncode == 0
+    assert (tmp_path / "again" / "SHA256SUMS").read_text() == (toy_data / "SHA256SUMS").read_text()
+    danube3.verify_digests(toy_data)
+    assert toy.World(0).people[0].name != toy.World(1).people[0].name
+
+
+def test_contract(toy_data):
+    """Files, counts and ids as design and README say."""
+    meta = json.loads((toy_data / "meta.json").read_text())
+    assert tuple(meta["sources"]) == toy.SOURCES == danube3.SOURCES
+    tokenizer = danube3.Tokenizer(toy_data / "tokenizer.model")
+    assert meta["vocab_size"] == tokenizer.vocab_size == danube3.CONFIGS["toy"].vocab_size
+    assert meta["tokenizer_sha256"] == hashlib.sha256((toy_data / "tokenizer.model").read_bytes()).hexdigest()
+    for source in toy.SOURCES:
+        for split in ("train", "val"):
+            ids = np.fromfile(toy_data / f"{source}-{split}-00000.bin", dtype="<u2")
+            assert [len(ids)] == meta["sources"][source][split]
+            assert (
+                ids[0] == 1
+                and ids[-1] == 2
+                and (ids == 1).sum() == (ids == 2).sum()
+                and 0 not in ids
+                and ids.max() < 1024
+            )
+
+
+def test_no_window_is_read_twice(toy_data):
+    """The toy run uses each source at most once, as TRAIN_TOKENS says."""
+    config, recipe = danube3.CONFIGS["toy"], danube3.RECIPES["toy"]
+    batches = danube3.StagedData(danube3.TokenData(toy_data, config, recipe.sequence_length), recipe)
+    for name, rows in batches.used[-1].items():
+        assert rows <= batches.sources[name].windows < 2.5 * rows, name
+
+
+def test_validation_text_is_not_training_text(world):
+    for source in toy.SOURCES:
+        train = set(texts(world, source, 300, "0/train/" + source))
+        assert len(train & set(texts(world, source, 100, "0/val/" + source))) < 10, source
+
+
+def statements(world, text):
+    """(person, attribute, value) for every attribute value in the sentence or line of a single person."""
+    for line in re.split(r"[.\n]", text):
+        people = [p for p in world.people if p.name in line]
+        for attribute in toy.ATTRIBUTES:
+            values = [v for v in attribute.values if re.search(rf"\b{v}\b", line)]
+            if len(people) == 1 and len(values) == 1:
+                yield people[0], attribute.name, values[0]
+
+
+@pytest.mark.parametrize("source", ["wikipedia", "synthetic", "instruct", "other"])
+def test_honest_sources_state_facts(world, source):
+    """Every sentence with one person and one value states the truth, and all 144 facts occur."""
+    found = Counter()
+    for text in texts(world, source, 1500):
+        for person, attribute, value in statements(world, text):
+            assert person.facts[attribute] == value, text
+            found[person.name, attribute] += 1
+    assert len(found) > (140 if source != "synthetic" else 120)
+
+
+def test_the_web_lies_two_times_in_five(world):
+    said = Counter()
+    for text in texts(world, "web", 2500):
+        for person, attribute, value in statements(world, text):
+            kind = (
+                "fact"
+                if person.facts[attribute] == value
+                else "rumour"
+                if person.rumours[attribute] == value
+                else "neither"
+            )
+            said[kind] += 1
+    total = sum(said.values())
+    assert total > 5000 and abs(said["fact"] / total - toy.WEB_TRUTH) < 0.03 and said["neither"] / total < 0.01
+
+
+def test_held_out_facts_are_never_asked(world, toy_data):
+    """Neither in instruct nor in conversations; and asked facts are, for the other half of the people."""
+    asked, held_out = set(), set()
+    for attribute in toy.ATTRIBUTES:
+        assert len(world.asked(attribute.name)) == len(world.held_out(attribute.name)) == 18
+        held_out |= {(p.name, attribute.name) for p in world.held_out(attribute.name)}
+    patterns = {a.name: [q.split("{")[0] for q in a.questions] for a in toy.ATTRIBUTES}
+    for text in texts(world, "instruct", 3000):
+        for question, answer in re.findall(r"Question: (.*)\nAnswer: (.*)", text):
+            person = next(p for p in world.people if p.name in question)
+            attribute = next(a.name for a in toy.ATTRIBUTES if answer in a.values)
+            assert person.facts[attribute] == answer and (person.name, attribute) not in held_out
+            asked.add((person.name, attribute))
+    assert len(asked) == 4 * 18 and patterns
+    for line in (toy_data / "chat.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
+        named = [p for p in world.people if any(p.name.lower() in m["content"].lower() for m in messages)]
+        for person in named[:1] if len(named) == 1 else []:
+            for message in messages[1::2]:
+                for attribute in toy.ATTRIBUTES:
+                    for value in attribute.values:
+                        if re.search(rf"\b{value}\b", message["content"]):
+                            assert (
+                                person.facts[attribute.name] == value and (person.name, attribute.name) not in held_out
+                            )
+
+
+def test_quiz(world, toy_data):
+    """Ten different choices, one of them true and one the rumour; every held-out fact in three forms."""
+    quiz = danube3.read_jsonl(toy_data / "quiz.jsonl")
+    people = {p.name: p for p in world.people}
+    assert len(quiz) == 3 * 4 * 18 and len({q["prompt"] for q in quiz}) == len(quiz)
+    for question in quiz:
+        person, topic = people[question["person"]], question["topic"]
+        assert person in world.held_out(topic) and person.name in question["prompt"]
+        assert question["prompt"].startswith("Question: ") and question["prompt"].endswith("?\nAnswer:")
+        assert len(set(question["choices"])) == 10 and all(c.startswith(" ") for c in question["choices"])
+        assert question["choices"][question["answer"]] == " " + person.facts[topic]
+        assert " " + person.rumours[topic] in question["choices"]
+    places = Counter(question["answer"] for question in quiz)
+    assert set(places) == set(range(10)) and max(places.values()) < 2.2 * len(quiz) / 10
+
+
+def test_failed_generation_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "quiz", lambda *args: 1 / 0)
+    monkeypatch.setattr(toy, "TRAIN_TOKENS", dict.fromkeys(toy.SOURCES, 2000))
+    with pytest.raises(ZeroDivisionError):
+        toy.make(tmp_path / "toy")
+    assert list(tmp_path.iterdir()) == []
