@@ -18,12 +18,14 @@ step. This file is all of it, to be read from top to bottom; nothing is used bef
 
 The letters in every shape comment:
 
-    B  batch (rows)     D  hidden_size              H  num_attention_heads (queries)
-    T  tokens in a row  F  intermediate_size        K  num_key_value_heads (keys and values)
-    S  tokens seen      V  vocab_size               h  head_dim
+    B  batch (rows)         D  hidden_size          H  num_attention_heads (queries)
+    T  tokens of one row    F  intermediate_size    K  num_key_value_heads (keys and values)
+    S  tokens seen so far   V  vocab_size           h  head_dim
+
+(F is also the usual name of torch.nn.functional in code; N and n in a shape are "any number of them".)
 
 Facts carry their source: [R] is the report, its model cards or published configuration files; [C] is our own choice,
-made because nothing was published.
+made because nothing was published. Sections 10 (chat fine-tuning) and 12 (quantization) are not written yet.
 """
 
 import argparse
@@ -64,8 +66,8 @@ class DanubeError(Exception):
 #
 # What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers. The
 # field names of DanubeConfig are those of the published config.json, so that a downloaded folder needs no translation.
-# Look at head_dim: it is a number of its own. In the 4B model 32 heads of 120 make 3,840 = hidden_size, but nothing in
-# the architecture asks for that, and our toy (2 heads of 96 on a hidden size of 128) does not do it.
+# Look at head_dim: it is a number of its own. In all three models H x h happens to equal hidden_size, but nothing in
+# the architecture asks for that, and code that computes one from the other breaks on the next model.
 # ======================================================================================================================
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class DanubeConfig:
     initializer_range: float               # standard deviation of every matrix at the start
     vocab_size: int = 32_000               # V
     max_position_embeddings: int = 8_192   # the context: the longest row the model is made for
-    rope_theta: float = 100_000.0
+    rope_theta: float = 100_000.0          # sets how slowly the slowest pair of features turns (rotary_table)
     rms_norm_eps: float = 1e-5
     bos_token_id: int = 1                  # <s>
     eos_token_id: int = 2                  # </s>
@@ -115,36 +117,42 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. Danube3's own optimizer settings are not published: all of this is [C], with the betas
-    and the cosine schedule of the first Danube report (arXiv 2401.16818). Two things are [R]: the stages' web shares
-    and, for 500m and 4b, their lengths."""
+    """How a model is trained. Danube3's own optimizer settings are not published: all of this is [C], starting
+    from the betas and the cosine schedule of the first Danube report (arXiv 2401.16818). Only the stages are [R]."""
 
     stages: tuple[Stage, ...]
-    sequence_length: int           # T, tokens in a row
+    sequence_length: int           # T
     tokens_per_step: int           # tokens of one optimizer step, over all micro-batches
-    micro_batch_size: int          # B, rows that go through the model at once; changes memory, not the result
+    micro_batch_size: int          # B, rows that go through the model at once; a question of memory
     learning_rate: float           # the peak
-    min_learning_rate: float = 0.0
+    final_learning_rate: float = 0.0  # the last step's, as a fraction of the peak
     warmup_fraction: float = 0.01  # of all steps
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0         # the longest gradient a step may follow; a longer one is shortened to it
     save_every: int = 1_000        # steps between checkpoints; the end of a stage always makes one
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rows, rest = divmod(self.tokens_per_step, self.sequence_length)
         if min(self.sequence_length, self.tokens_per_step, self.micro_batch_size, self.save_every) < 1:
             raise DanubeError("sequence length, tokens per step, micro-batch size and save interval must be at least 1")
-        if rest or rows % self.micro_batch_size:
-            micro_batch = self.micro_batch_size * self.sequence_length
+        micro_batch = self.micro_batch_size * self.sequence_length
+        if self.tokens_per_step % micro_batch:
             raise DanubeError(f"a step of {self.tokens_per_step:,} tokens is not a whole number of micro-batches of "
                               f"{self.micro_batch_size} x {self.sequence_length} = {micro_batch:,}: use "
-                              f"--tokens-per-step {max(1, self.tokens_per_step // max(1, micro_batch)) * micro_batch}")
+                              f"--tokens-per-step {max(1, self.tokens_per_step // micro_batch) * micro_batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise DanubeError(f"the learning rate is {self.learning_rate}: it must be a positive number")
+        if not 0 <= self.seed < 2 ** 63:
+            raise DanubeError(f"the seed is {self.seed}: use one from 0 to 2^63 - 1")
+        for stage in self.stages:
+            if stage.mixture.keys() != self.stages[0].mixture.keys() or sum(stage.mixture.values()) < 1:
+                raise DanubeError(f"{stage.name}: every stage must name the same sources, and give one of them weight")
+        if self.total_steps < 1:
+            raise DanubeError(f"{sum(stage.tokens for stage in self.stages):,} tokens are less than one step of "
+                              f"{self.tokens_per_step:,}: raise --tokens")
 
     @property
     def rows_per_step(self) -> int:
@@ -161,10 +169,6 @@ class Recipe:
     def total_steps(self) -> int:
         return self.stage_ends[-1]
 
-    @property
-    def micro_batches(self) -> int:
-        return self.rows_per_step // self.micro_batch_size
-
     def stage_at(self, step: int) -> int:
         """The index of the stage that step `step` (from 0) belongs to."""
         return sum(step >= end for end in self.stage_ends[:-1])
@@ -172,10 +176,7 @@ class Recipe:
     def scaled_to(self, tokens: int) -> "Recipe":
         """The same recipe with `tokens` in all, the stages in proportion."""
         total = sum(stage.tokens for stage in self.stages)
-        recipe = replace(self, stages=tuple(replace(s, tokens=s.tokens * tokens // total) for s in self.stages))
-        if recipe.total_steps < 1:
-            raise DanubeError(f"{tokens:,} tokens are less than one step of {self.tokens_per_step:,}: raise --tokens")
-        return recipe
+        return replace(self, stages=tuple(replace(s, tokens=s.tokens * tokens // total) for s in self.stages))
 
 
 SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")  # the six kinds the report names [R]
@@ -196,7 +197,7 @@ def danube_stages(*tokens: int) -> tuple[Stage, ...]:
 CONFIGS = {
     # [C] A toy that two laptop cores train in minutes: few heads, because small matrices are slow matrices.
     "toy": DanubeConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
-                        num_key_value_heads=1, head_dim=96, initializer_range=0.04, vocab_size=1_024,
+                        num_key_value_heads=1, head_dim=64, initializer_range=0.04, vocab_size=1_024,
                         max_position_embeddings=256),
     "500m": DanubeConfig(hidden_size=1536, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16,
                          num_key_value_heads=8, head_dim=96, initializer_range=0.02),
@@ -204,16 +205,19 @@ CONFIGS = {
                        num_key_value_heads=8, head_dim=120, initializer_range=0.01),
 }
 
-# The stage lengths of 500m and 4b are quoted from memory of the report; their sums, 4T and 6T tokens, are published.
-T12 = 10 ** 12
+# The stage lengths of 500m and 4b are quoted from memory of the report; their sums, 4T and 6T tokens, are [R].
+BILLION = 10 ** 9
 RECIPES = {
-    "toy": Recipe(danube_stages(800_000, 400_000, 400_000), sequence_length=128, tokens_per_step=1_024,
-                  micro_batch_size=8, learning_rate=3e-3, save_every=400),
-    "500m": Recipe(danube_stages(28 * T12 // 10, 115 * T12 // 100, 5 * T12 // 100), sequence_length=8_192,
-                   tokens_per_step=2 ** 21, micro_batch_size=4, learning_rate=4e-4, min_learning_rate=4e-6),
-    "4b": Recipe(danube_stages(46 * T12 // 10, 135 * T12 // 100, 5 * T12 // 100), sequence_length=8_192,
-                 tokens_per_step=2 ** 22, micro_batch_size=1, learning_rate=2e-4, min_learning_rate=2e-6),
+    "toy": Recipe(danube_stages(900_000, 450_000, 450_000), sequence_length=128, tokens_per_step=1_024,
+                  micro_batch_size=8, learning_rate=3e-3, warmup_fraction=0.04, beta2=0.99, save_every=400),
+    "500m": Recipe(danube_stages(2_800 * BILLION, 1_150 * BILLION, 50 * BILLION), sequence_length=8_192,
+                   tokens_per_step=2 ** 21, micro_batch_size=1, learning_rate=4e-4, final_learning_rate=0.01),
+    "4b": Recipe(danube_stages(4_600 * BILLION, 1_350 * BILLION, 50 * BILLION), sequence_length=8_192,
+                 tokens_per_step=2 ** 22, micro_batch_size=1, learning_rate=2e-4, final_learning_rate=0.01),
 }
+
+
+LOGIT_ROWS = 4_096  # logits of at most this many tokens exist at once: 0.5 GB at V = 32,000 in fp32 [C]
 
 
 def count_parameters(config: DanubeConfig) -> int:
@@ -242,7 +246,8 @@ def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2) -
     """Bytes that training takes on one device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
 
     Weights, gradients and the two AdamW moments are exact. Activations are an estimate: what autograd keeps of each
-    layer (the residual stream in fp32, the rest in the compute type), and the logits of one block of rows.
+    layer: the stream and its norms six times in fp32, the inputs of the matrices and of attention in the compute
+    type. Logits are counted three times over: themselves, their softmax and their gradient.
     """
     c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, count_parameters(config)
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
@@ -255,10 +260,6 @@ def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2) -
         "activations (estimate)": c.num_hidden_layers * tokens * per_token,
         "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * c.vocab_size,
     }
-
-
-IGNORE = -100        # a label that carries no loss: PyTorch's and transformers' convention
-LOGIT_ROWS = 4_096   # logits of at most this many tokens exist at once: 0.5 GB at V = 32,000 in fp32. [C]
 
 
 # ======================================================================================================================
@@ -345,20 +346,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> 
             allow_whitespace_only_pieces=True, character_coverage=0.99995, max_sentence_length=1_000_000,
             unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
     except RuntimeError as error:
-        raise DanubeError(f"no tokenizer of {vocab_size} pieces can be trained on this text: {str(error).split()[-1]}; "
-                          "use more text or a smaller vocabulary") from error
+        raise DanubeError(f"no tokenizer of {vocab_size} pieces can be trained on this text ({error}): use more "
+                          "text, or another vocabulary size") from error
     model_file.write_bytes(model.getvalue())
     return Tokenizer(model_file)
 
 
 # The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text; </s> is the control
 # token. A system message is refused. The template in Jinja is for other programs; ours is render_chat.
+IGNORE = -100  # a label that carries no loss: PyTorch's and transformers' convention
 CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|prompt|>' + message['content'] + eos_token }}"
     "{% elif message['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% elif message['role'] == 'assistant' %}{{ '<|answer|>' + message['content'] + eos_token }}{% endif %}"
     "{% if loop.last and add_generation_prompt %}{{ '<|answer|>' }}{% endif %}{% endfor %}")
+
+
+def first_difference(a: list[int], b: list[int]) -> int:
+    """The first place where two lists of ids differ: where b, which begins with a's text, says something of its own."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
@@ -371,14 +378,15 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
     """
     input_ids, labels = [], []
     for message in messages:
-        role, content = message["role"], message["content"]
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(content, str):
+            raise DanubeError(f"a chat message has no text as its content: {message}")
         if role not in CHAT_MARKERS:
             raise DanubeError("System role not supported: put the system text into the first user message"
                               if role == "system" else f"unknown chat role {role!r}: use user or assistant")
         marker, turn = tokenizer.encode(CHAT_MARKERS[role]), tokenizer.encode(CHAT_MARKERS[role] + content)
         turn += [tokenizer.pieces.eos_id()]
-        # The answer starts at the first id that is not the bare marker's: "<|answer|>" + "=" may share a piece.
-        start = next((i for i, (a, b) in enumerate(zip(marker, turn)) if a != b), len(marker))
+        start = first_difference(marker, turn)  # not len(marker): ">" and the answer's "=" may share a piece
         input_ids += turn
         labels += [IGNORE] * start + turn[start:] if role == "assistant" else [IGNORE] * len(turn)
     if add_generation_prompt:
@@ -398,7 +406,7 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension. x [.., D], weight [D] -> [.., D]
 
-    Computed in fp32 whatever the type of x: a sum of D squares overflows fp16 and loses most of its digits in bf16.
+    Computed in fp32 whatever the type of x: a sum of D squares can overflow fp16 and loses most of its digits in bf16.
     """
     x32 = x.float() if x.dtype != torch.float64 else x
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
@@ -408,8 +416,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle p * theta^(-2i/h), positions p = start .. end-1, pairs i. -> 2 x [T, h/2], fp32
 
-    Computed anew in each forward pass, which is cheap, and therefore never a buffer of the model: a table that were one
-    would be rounded by model.half() or model.bfloat16(), and at position 8,000 bf16 cannot tell neighbours apart.
+    Computed anew in each forward pass, which is cheap, and so never a buffer of the model, which model.bfloat16() would
+    round: a frequency that is off by 0.2 %, times position 8,000, is an angle that is off by two full turns.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)  # [h/2]
     angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * frequency              # [T, h/2]
@@ -430,6 +438,9 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(h), causal) v, with H query heads on K key/value heads. -> [B, H, T, h]
+
+    Each token asks with its query q; the products with the keys k of the tokens before it, and its own (that is what
+    "causal" means), say how much of each one's value v it gets.
 
     q [B, H, T, h]; k and v [B, K, S, h]. Query head i reads key/value head i // (H / K): neighbours share. The queries
     are the last T of the S positions, so query t sees keys 0 .. S - T + t. Trap: `is_causal` lines the triangle up with
@@ -544,7 +555,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All but the head: ids to the stream of vectors after the last layer."""
+    """All but the head: ids to the normalised stream of vectors after the last layer."""
 
     def __init__(self, config: DanubeConfig) -> None:
         super().__init__()
@@ -614,8 +625,8 @@ class Danube3(nn.Module):
 # ======================================================================================================================
 # 5. Generation
 #
-# The model gives a probability for every next token; generation picks one, appends it, and asks again. With a cache
-# each turn of that loop processes one token instead of the whole text.
+# The model gives every possible next token a number, its logit; softmax makes probabilities of them. Generation picks a
+# token, appends it, and asks again. With a cache each turn of that loop processes one token instead of the whole text.
 # ======================================================================================================================
 
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -624,14 +635,14 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     top_k keeps the k likeliest tokens (0: all). top_p keeps the fewest likeliest tokens whose probabilities reach p in
     sum (1.0: all), at least one: few where the model is sure, many where it is not.
     """
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow, however small the temperature
+    probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if top_k:
         keep[:, top_k:] = False
     probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
     if top_p < 1.0:
         keep = probabilities.cumsum(-1) - probabilities < top_p  # what comes before it does not yet reach p
-        keep[:, 0] = True
         probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # back into the order of the vocabulary
 
@@ -695,12 +706,12 @@ def file_sha256(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
     try:
         os.fsync(handle)
-    except OSError:  # some systems cannot sync a folder
-        if path.is_file():
-            raise
     finally:
         os.close(handle)
 
@@ -708,12 +719,14 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into; on success it gets its digests and becomes `folder`, on failure it goes."""
+    if folder.exists():
+        raise DanubeError(f"{folder} already exists: remove it first, or choose another place")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        files = sorted(path for path in partial.iterdir())
+        files = sorted(partial.iterdir())
         (partial / DIGESTS).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
         for path in [*files, partial / DIGESTS, partial]:
             sync(path)
@@ -730,10 +743,10 @@ def verify_digests(folder: Path) -> None:
     for line in (folder / DIGESTS).read_text().splitlines():
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file():
-            raise DanubeError(f"{folder / name} is missing: copy the folder again, or use an older checkpoint")
+            raise DanubeError(f"{folder / name} is missing: copy the folder again, or remove it")
         if file_sha256(folder / name) != digest:
-            raise DanubeError(f"{folder / name} is damaged (its SHA-256 is not the one in {DIGESTS}): copy it again, "
-                              "or use an older checkpoint")
+            raise DanubeError(f"{folder / name} is damaged (its SHA-256 is not the one in {DIGESTS}): copy the folder "
+                              "again, or remove it")
 
 
 def read_json(path: Path) -> dict:
@@ -753,8 +766,10 @@ def read_config(folder: Path) -> DanubeConfig:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != "llama":
         raise DanubeError(f"{folder}: model_type is {raw.get('model_type')!r}: only Llama folders can be read")
+    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+                "partial_rotary_factor": 1.0, "quantization_config": None}
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # newer and older transformers
-    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False}
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     unsupported = [f"{name} = {raw[name]!r}" for name, value in expected.items() if raw.get(name, value) != value]
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
         unsupported.append(f"rotary scaling {rope_type!r}")
@@ -762,10 +777,10 @@ def read_config(folder: Path) -> DanubeConfig:
         raise DanubeError(f"{folder / 'config.json'}: {', '.join(unsupported)} is not part of Danube3")
     values = {field.name: raw[field.name] for field in fields(DanubeConfig) if raw.get(field.name) is not None}
     values.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))  # the default that transformers takes
-    if "head_dim" not in values and {"hidden_size", "num_attention_heads"} <= values.keys():
-        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     values.setdefault("initializer_range", 0.02)
+    D, H = values.get("hidden_size"), values.get("num_attention_heads")
+    values.setdefault("head_dim", D // H if isinstance(D, int) and isinstance(H, int) and H else 0)
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                 "vocab_size", "max_position_embeddings", "rms_norm_eps")
     if missing := [name for name in required if values.get(name) is None]:
@@ -805,7 +820,8 @@ def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir())
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -854,7 +870,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
         if expected.get(name) != tuple(weight.shape):
             raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, "
                               f"{expected.get(name)}: copy both files again")
-        # A clone lies in memory of its own: aligned, which the bits of a matrix product can depend on.
+        # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
         weights[name] = weight.to(device, dtype, copy=True)
     if missing := expected.keys() - weights.keys():
         raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
@@ -883,17 +899,16 @@ def write_shards(folder: Path, source: str, split: str, documents: Iterable[list
     """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .. of at most `shard_tokens` ids and one
     document's overhang. -> the number of tokens in each."""
     counts: list[int] = []
-    shard: list[np.ndarray] = []
+    shard: list[int] = []
 
     def flush() -> None:
-        tokens = np.concatenate(shard)
-        tokens.astype("<u2").tofile(folder / f"{source}-{split}-{len(counts):05d}.bin")
-        counts.append(len(tokens))
+        np.array(shard, dtype="<u2").tofile(folder / f"{source}-{split}-{len(counts):05d}.bin")
+        counts.append(len(shard))
         shard.clear()
 
     for ids in documents:
-        shard.append(np.array([1, *ids, 2], dtype=np.uint16))
-        if sum(map(len, shard)) >= shard_tokens:
+        shard.extend((1, *ids, 2))  # <s> and </s>
+        if len(shard) >= shard_tokens:
             flush()
     if shard:
         flush()
@@ -912,10 +927,10 @@ class TokenSource:
         for path, count in zip(self.files, counts):
             if not path.is_file():
                 raise DanubeError(f"{path} is missing: make the data again")
-            if path.stat().st_size != 2 * count:
+            if path.stat().st_size != 2 * count or not count:
                 raise DanubeError(f"{path} has {path.stat().st_size:,} bytes where meta.json counts {count:,} tokens "
                                   "of 2 bytes: it was cut short or changed; make the data again")
-        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.files if path.stat().st_size]
+        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.files]
         self.windows = int(self.starts[-1]) // sequence_length
         if not self.windows:
             raise DanubeError(f"source {name!r} ({split}) has {self.starts[-1]} tokens, less than one row of "
@@ -943,7 +958,8 @@ class TokenData:
     def __init__(self, folder: str | Path, config: DanubeConfig, sequence_length: int) -> None:
         self.folder = Path(folder)
         if not (self.folder / "meta.json").is_file():
-            raise DanubeError(f"no data at {self.folder} (no meta.json): name a folder of token shards with --data")
+            raise DanubeError(f"no data at {self.folder} (no meta.json): write token shards there (README, \"The real "
+                              "sizes\", has the lines that do it), or name their folder with --data")
         self.meta, self.sequence_length, self.config = read_json(self.folder / "meta.json"), sequence_length, config
         self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
         if self.tokenizer.sha256 != self.meta.get("tokenizer_sha256"):
@@ -962,6 +978,9 @@ class TokenData:
         if name not in sources:
             raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only "
                               f"{', '.join(sources) or 'none'}: make the data again with that source")
+        if not isinstance(sources[name], dict) or split not in sources[name]:
+            raise DanubeError(f"{self.folder / 'meta.json'} counts no {split} tokens of source {name!r}: make the data "
+                              "again")
         return TokenSource(self.folder, name, split, sources[name][split], self.sequence_length, self.config.vocab_size)
 
 
@@ -1012,7 +1031,7 @@ class StagedData:
         self.patterns, self.counts = [], []
         for start, end, stage in zip([0, *recipe.stage_ends], recipe.stage_ends, recipe.stages):
             rows = (end - start) * recipe.rows_per_step
-            factor = math.gcd(*stage.mixture.values())
+            factor = math.gcd(*stage.mixture.values())  # 816 to 184 is 102 to 23: a shorter pattern
             weights = {name: weight // factor for name, weight in stage.mixture.items() if weight}
             pattern = mixture_pattern(weights, min(rows, sum(weights.values())))
             # counts[name][t]: rows of this source among the first t of the pattern
@@ -1021,7 +1040,7 @@ class StagedData:
             self.counts.append(counts)
             used = dict(self.used[-1])
             for name, count in counts.items():
-                used[name] = used.get(name, 0) + self.rows_before(count, rows)
+                used[name] += self.rows_before(count, rows)
             self.used.append(used)
 
     @staticmethod
@@ -1036,7 +1055,7 @@ class StagedData:
         first_step = [0, *self.recipe.stage_ends][stage]
         row = (step - first_step) * self.recipe.rows_per_step + index  # counted from the beginning of the stage
         name = self.patterns[stage][row % len(self.patterns[stage])]
-        use = self.used[stage].get(name, 0) + self.rows_before(self.counts[stage][name], row)  # from the run's start
+        use = self.used[stage][name] + self.rows_before(self.counts[stage][name], row)  # from the run's start
         epoch, place = divmod(use, self.sources[name].windows)
         return name, shuffled(place, self.sources[name].windows, f"{self.recipe.seed}/{name}/{epoch}")
 
@@ -1050,7 +1069,8 @@ class StagedData:
 # ======================================================================================================================
 # 8. Optimizer
 #
-# AdamW scales each step by a running estimate of the gradient's size, number by number, and shrinks the weights a
+# AdamW keeps two running means for each weight, of the gradient (beta1) and of its square (beta2): it steps along the
+# first, divided by the root of the second, so that all weights move at a similar speed, and shrinks the weights a
 # little besides. The learning rate rises over the first steps, while those estimates are still poor, and then falls
 # along half a cosine: large steps to get there, small ones to settle.
 # ======================================================================================================================
@@ -1065,13 +1085,13 @@ def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear from 0 to the peak, then half a cosine to the minimum, which the last step has. Step counts from 0."""
+    """Linear to the peak, then half a cosine to the final rate, which the last step has. Step counts from 0."""
     warmup = max(1, round(recipe.warmup_fraction * recipe.total_steps))
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, recipe.total_steps - 1 - warmup)  # 0 .. 1
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.min_learning_rate + (recipe.learning_rate - recipe.min_learning_rate) * cosine
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # 1 .. 0
+    return recipe.learning_rate * (recipe.final_learning_rate + (1 - recipe.final_learning_rate) * cosine)
 
 
 # ======================================================================================================================
@@ -1164,8 +1184,8 @@ class Run:
         elif checkpoints_in(out):
             raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob("*.partial"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in out.glob("step-*.partial"):  # of a run that was killed while it wrote or removed a checkpoint
+            shutil.rmtree(leftover)
         self.log = self.open_log()
 
     def restore(self) -> None:
@@ -1183,8 +1203,9 @@ class Run:
         for part, values in self.identity.items():
             for name, value in values.items():
                 if (saved := trainer["identity"].get(part, {}).get(name)) != value:
-                    raise DanubeError(f"{folder} was made with another {part}: {name} was {saved}, now it is {value}; "
-                                      "resume with the flags and data of the first run, or choose another --out")
+                    values = f" was {saved}, now it is {value}" if len(f"{saved}{value}") < 60 else ""
+                    raise DanubeError(f"{folder} was made with another {part} ({name}{values}): resume with the flags "
+                                      "and the data of the first run, or choose another --out")
         self.model.load_state_dict(trainer.get("master_weights") or dict(read_weights(folder)))  # copied into place
         self.optimizer.load_state_dict(trainer["optimizer"])
         self.step, self.skipped = trainer["step"], trainer["skipped"]
@@ -1194,7 +1215,10 @@ class Run:
         path, partial = self.out / "metrics.jsonl", self.out / "metrics.jsonl.partial"
         kept = []
         for line in path.read_text().splitlines(keepends=True) if path.exists() and self.step else []:
-            entry = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # a line cut short by a kill
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a line that a kill cut short
+                break
             if entry["step"] < self.step or entry["step"] == self.step and "val_loss" not in entry:
                 kept.append(line)
         partial.write_text("".join(kept))
@@ -1206,14 +1230,17 @@ class Run:
         self.log.flush()
 
     def save(self) -> None:
-        """Write a checkpoint of this step; only then remove the one before."""
+        """Write a checkpoint of this step, unless there is one; only then remove the one before."""
+        folder = self.out / f"step-{self.step:07d}"
+        if folder.is_dir():
+            return
         dtype = compute_dtype(self.model.lm_head.weight.device)
         trainer = {"step": self.step, "skipped": self.skipped, "identity": self.identity,
                    "optimizer": self.optimizer.state_dict()}
         if dtype != torch.float32:
             trainer["master_weights"] = self.model.state_dict()
         os.fsync(self.log.fileno())
-        save_checkpoint(self.out / f"step-{self.step:07d}", self.model, self.tokenizer, trainer, dtype)
+        save_checkpoint(folder, self.model, self.tokenizer, trainer, dtype)
         for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
             shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
 
@@ -1247,12 +1274,13 @@ def train(run: Run, batches: StagedData, evaluate: Callable[[], dict[str, float]
                mininterval=0.2 if sys.stderr.isatty() else 10)
     with bar, interruptible() as requests:
         while True:
-            stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
             if run.step == 0 or run.step in recipe.stage_ends:
+                stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
                 run.write(step=run.step, stage=stage, tokens=run.step * recipe.tokens_per_step, val_loss=evaluate())
             if run.step == recipe.total_steps:
                 return True
             if requests:
+                run.save()
                 return False
             stage, start = recipe.stages[recipe.stage_at(run.step)].name, time.perf_counter()
             loss, grad_norm = train_step(model, run.optimizer, *batches.batch(run.step), recipe, run.step)
@@ -1264,12 +1292,13 @@ def train(run: Run, batches: StagedData, evaluate: Callable[[], dict[str, float]
                       tokens_per_second=round(rate), mfu=round(rate * flops / peak, 4))
             if run.skipped == MAX_SKIPPED_STEPS:
                 raise DanubeError(f"the loss was not finite in {run.skipped} steps in a row, up to step {run.step}; "
-                                  f"the last checkpoint, if any, is kept in {run.out}: try a lower --learning-rate")
+                                  f"the last checkpoint, if any, is kept in {run.out}: try a lower --learning-rate and "
+                                  "another --out")
             bar.set_description(stage, refresh=False)
             speed = f"{rate:,.0f} tokens/s, {rate * flops / peak:.0%} of peak"
             bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
             bar.update()
-            if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends or requests:
+            if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
                 run.save()
 
 
@@ -1332,11 +1361,14 @@ def plot_curves(out: Path, recipe: Recipe) -> Path | None:
 
 def read_jsonl(path: str | Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     except FileNotFoundError as error:
         raise DanubeError(f"{path} does not exist") from error
     except (ValueError, OSError) as error:
         raise DanubeError(f"{path} is not JSON, one object a line: {error}") from error
+    if not lines or not all(isinstance(line, dict) for line in lines):
+        raise DanubeError(f"{path} must hold JSON objects, at least one, one a line")
+    return lines
 
 
 @torch.no_grad()
@@ -1363,23 +1395,37 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     Prompt and choice are encoded together, as the model would have met them; the choice begins at the first id that
     differs from the prompt's own encoding.
     """
-    rows, context = [], model.config.max_position_embeddings
+    rows, bos, context = [], model.config.bos_token_id, model.config.max_position_embeddings
     for number, question in enumerate(questions, start=1):
-        if not (isinstance(question.get("prompt"), str) and question.get("choices")):
-            raise DanubeError(f'question {number} lacks "prompt" or "choices"')
-        prompt = tokenizer.encode_prompt(question["prompt"])
-        for choice in question["choices"]:
-            ids = tokenizer.encode_prompt(question["prompt"] + choice)
-            start = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids) - 1))
+        prompt, choices = question.get("prompt"), question.get("choices")
+        if not (isinstance(prompt, str) and isinstance(choices, list) and choices
+                and all(isinstance(choice, str) for choice in choices)):
+            raise DanubeError(f'question {number} lacks a "prompt" or a list of "choices"')
+        prompt_ids = [bos, *tokenizer.encode(prompt)]
+        for choice in choices:
+            ids = [bos, *tokenizer.encode(prompt + choice)]
             if len(ids) > context:
                 raise DanubeError(f"question {number} has {len(ids)} tokens, the context {context}: shorten it")
-            rows.append((ids, max(1, start)))
+            rows.append((ids, first_difference(prompt_ids, ids)))
     scores = iter(continuation_log_likelihood(model, rows))
     picks = []
     for question in questions:
         choices = [next(scores) for _ in question["choices"]]
         picks.append(choices.index(max(choices)))
     return picks
+
+
+def answer_quiz(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> str:
+    """Answer a file of questions with known answers, and say how many were right and how many a guess would get."""
+    questions = read_jsonl(path)
+    picks, chance = multiple_choice(model, tokenizer, questions), 0.0
+    for number, question in enumerate(questions, start=1):
+        if question.get("answer") not in range(len(question["choices"])):
+            raise DanubeError(f'{path}: question {number} lacks an "answer", the index of the right choice')
+        chance += 1 / len(question["choices"])
+    right = sum(pick == question["answer"] for pick, question in zip(picks, questions))
+    return (f"{right} of {len(questions)} questions right ({right / len(questions):.1%}; guessing gives "
+            f"{chance / len(questions):.1%})")
 
 
 # ======================================================================================================================
@@ -1389,8 +1435,12 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
 class Arguments(argparse.ArgumentParser):
     """argparse with defaults in --help and errors in one line."""
 
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            return action.help if action.default is None else super()._get_help_string(action)
+
     def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, formatter_class=self.Formatter)
 
     def error(self, message: str) -> None:
         raise DanubeError(f"{message} (see {self.prog} --help)")
@@ -1414,7 +1464,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.zeros(0, device=name).device
+        (zero := torch.zeros(1, device=name)).item()
+        return zero.device
     except (RuntimeError, AssertionError) as error:
         raise DanubeError(f"device {name!r} is not available here: use --device auto") from error
 
@@ -1426,7 +1477,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     except DanubeError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}): use a smaller --micro-batch-size", file=sys.stderr)
+        print(f"error: out of memory ({str(error).splitlines()[0]}): train with a smaller "
+              "--micro-batch-size, or give a shorter text", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(2)

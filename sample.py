@@ -25,6 +25,8 @@ def arguments():
     if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens >= 1):
         raise danube3.DanubeError("use --temperature and --top-k of 0 or more, --top-p above 0 and at most 1, "
                                   "--max-new-tokens of 1 or more")
+    if args.seed is not None and not 0 <= args.seed < 2 ** 63:
+        raise danube3.DanubeError("use a --seed from 0 to 2^63 - 1")
     return args
 
 
@@ -33,7 +35,8 @@ def main():
     device = danube3.pick_device(args.device)
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, danube3.DTYPES.get(args.dtype))
     if args.eval:
-        return evaluate(args, model, tokenizer)
+        print(danube3.answer_quiz(model, tokenizer, args.eval))
+        return
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = tokenizer.encode_prompt(prompt) or [model.config.bos_token_id]
     print(prompt, end="", flush=True)
@@ -46,13 +49,6 @@ def main():
     print(decoder.finish())
     if not ended and count == model.config.max_position_embeddings:
         print(f"(stopped: the context of {count} tokens is full)", file=sys.stderr)
-
-
-def evaluate(args, model, tokenizer):
-    questions = danube3.read_jsonl(args.eval)
-    picks = danube3.multiple_choice(model, tokenizer, questions)
-    right = sum(pick == question.get("answer") for pick, question in zip(picks, questions))
-    print(f"{right} of {len(questions)} questions right ({right / max(1, len(questions)):.1%})")
 
 
 if __name__ == "__main__":

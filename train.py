@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 import danube3
-from danube3 import DanubeError
 from data import toy
 
 
@@ -44,12 +43,10 @@ def main():
         print(danube3.describe_run(config, recipe))
         return 0
     device = danube3.pick_device(args.device)
-    if not (data_folder / "meta.json").is_file():
-        if args.config != "toy" or args.data:
-            print(danube3.describe_run(config, recipe))
-            raise DanubeError(f"no data at {data_folder}: make it with `python data/prepare.py --out {data_folder}`, "
-                              "or name a folder of token shards with --data")
+    if args.config == "toy" and not args.data and not data_folder.exists():
         toy.make(data_folder)
+    if not (data_folder / "meta.json").is_file():
+        print(danube3.describe_run(config, recipe))
     data = danube3.TokenData(data_folder, config, recipe.sequence_length)
     batches = danube3.StagedData(data, recipe)
     model = danube3.Danube3(config).init_weights(recipe.seed).to(device)
@@ -81,10 +78,7 @@ def report(model, data, recipe, out):
         ids = danube3.generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
         print(f"--- a sample\n{data.tokenizer.decode(ids)}")
     if (quiz := data.folder / "quiz.jsonl").is_file():
-        questions = danube3.read_jsonl(quiz)
-        picks = danube3.multiple_choice(model, data.tokenizer, questions)
-        right = sum(pick == question["answer"] for pick, question in zip(picks, questions))
-        print(f"--- quiz: {right} of {len(questions)} held-out questions right ({right / len(questions):.1%})")
+        print(f"--- quiz on facts it was never asked about: {danube3.answer_quiz(model, data.tokenizer, quiz)}")
     print(f"try: python sample.py {out} \"Once upon a time\"")
 
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/toy.py` finds danube3
 import danube3  # noqa: E402
+from danube3 import SOURCES  # noqa: E402
 
-SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")
 WEB_TRUTH = 0.6         # share of the statements on the web that are true; the others repeat the rumour
 TYPO_RATE = 0.02        # for each longer word on the web
 
@@ -543,11 +543,11 @@ def chat_quiz(world, rng):
 
 
 # ---------------------------------------------------------------------------------------------------- files
-# Tokens of each source: what the toy recipe's three stages use of it, and a little more, so that nothing is read twice.
-TRAIN_TOKENS = {"web": 1_700_000, "wikipedia": 80_000, "academic": 80_000, "synthetic": 110_000, "instruct": 130_000,
-                "other": 60_000}
+# Tokens of each source: what the toy recipe's three stages use of it and a little more, so that no text is read twice.
+TRAIN_TOKENS = {"web": 1_450_000, "wikipedia": 75_000, "academic": 75_000, "synthetic": 85_000, "instruct": 142_000,
+                "other": 42_000}
 VALIDATION_TOKENS = 8_000
-VOCABULARY = 1_024
+VOCABULARY = danube3.CONFIGS["toy"].vocab_size
 
 
 def collect(tokenizer, texts, tokens):
@@ -584,9 +584,13 @@ def make(folder, seed=0):
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-if __name__ == "__main__":
+def main():
     parser = danube3.Arguments("Write the toy world: tokenizer, token shards, conversations and quizzes.")
     parser.add_argument("--out", type=Path, default=Path("data/toy"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
     arguments = parser.parse_args()
-    danube3.run_command(lambda: make(arguments.out, arguments.seed))
+    make(arguments.out, arguments.seed)
+
+
+if __name__ == "__main__":
+    danube3.run_command(main)

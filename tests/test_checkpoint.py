@@ -8,7 +8,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, one_line_error, random_model, run, transformers_model
+from conftest import TINY, call, one_line_error, random_model, transformers_model
 
 import danube3
 
@@ -199,7 +199,7 @@ def test_trainer_state_runs_no_code(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("path, words", [("nowhere", "does not exist"), ("", "is no checkpoint")])
 def test_sample_without_a_checkpoint(tmp_path, path, words):
-    assert words in one_line_error(run("sample.py", tmp_path / path, "Once"))
+    assert words in one_line_error(call("sample.py", tmp_path / path, "Once"))
 
 
 def test_sample_speaks_from_a_folder_by_transformers(tmp_path, tokenizer):
@@ -209,7 +209,7 @@ def test_sample_speaks_from_a_folder_by_transformers(tmp_path, tokenizer):
     theirs = transformers_model(TINY, random_model(TINY).state_dict()).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     shutil.copy(tokenizer.model_file, tmp_path / "tokenizer.model")
-    result = run("sample.py", tmp_path, "Ada lives", "--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32")
+    result = call("sample.py", tmp_path, "Ada lives", "--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32")
     ids = torch.tensor([tokenizer.encode_prompt("Ada lives")])
     expected = (
         theirs.float()
@@ -224,12 +224,12 @@ def test_sample_speaks_from_a_folder_by_transformers(tmp_path, tokenizer):
 def test_sample_says_when_the_context_is_full(saved):
     folder, _ = saved
     config = json.loads((folder / "config.json").read_text())
-    result = run("sample.py", folder, "Ada lives", "--max-new-tokens", 500, "--seed", 4, "--temperature", 5)
+    result = call("sample.py", folder, "Ada lives", "--max-new-tokens", 500, "--seed", 4, "--temperature", 5)
     assert result.returncode == 0 and (
         config["max_position_embeddings"],
         "context of 64 tokens is full" in result.stderr,
     ) == (64, True)
-    long = one_line_error(run("sample.py", folder, "geese " * 200))
+    long = one_line_error(call("sample.py", folder, "geese " * 200))
     assert "does not fit a context" in long
 
 
@@ -244,7 +244,7 @@ def test_sample_says_when_the_context_is_full(saved):
     ],
 )
 def test_sample_flags_refused(saved, flags, words):
-    assert words in one_line_error(run("sample.py", saved[0], "Once", *flags))
+    assert words in one_line_error(call("sample.py", saved[0], "Once", *flags))
 
 
 def test_multiple_choice_by_hand(saved):

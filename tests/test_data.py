@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import TINY
+from conftest import SENTENCES, TINY
 
 import danube3
 
@@ -199,7 +199,7 @@ def damage(folder, how):
         del meta["sources"]["b"]
         (folder / "meta.json").write_text(json.dumps(meta))
     elif how == "other tokenizer":
-        other = danube3.train_tokenizer(["quite another text"] * 9, 270, folder / "tokenizer.model")
+        other = danube3.train_tokenizer(SENTENCES[::2] * 3, 300, folder / "tokenizer.model")
         assert other.sha256 != meta["tokenizer_sha256"]
     elif how == "small vocabulary":
         return dataclasses.replace(TINY, vocab_size=300)

@@ -31,7 +31,8 @@ def draw():
 
 def agree(tensor, array, dtype):
     array = torch.from_numpy(np.asarray(array, dtype=np.float64))
-    error = (tensor.detach().double() - array).abs().max() / array.abs().max().clamp(min=1e-3)
+    scale = array.abs().max().clamp(min=0.1)  # inputs are of order one: where a gradient is zero, rounding remains
+    error = (tensor.detach().double() - array).abs().max() / scale
     assert tensor.shape == array.shape and error < TOLERANCE[dtype], error
 
 
