@@ -43,8 +43,8 @@ def transformers_model(config, weights, **changes):
     """The independent implementation, with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    names = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "rope_theta"}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    names = dataclasses.asdict(config)
+    rope = {"rope_type": "default", "rope_theta": names.pop("rope_theta")}
     theirs = LlamaForCausalLM(LlamaConfig(**{**names, **changes}, rope_parameters=rope, tie_word_embeddings=False))
     theirs.load_state_dict(weights)
     return theirs.eval()

@@ -139,7 +139,9 @@ def undisturbed(toy_data, tmp_path_factory):
 def test_a_run_from_the_command_line(undisturbed, toy_data):
     out, result = undisturbed
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.jsonl", "step-0000020"]
-    assert "held-out questions right" in result.stdout and "--- a sample" in result.stdout
+    assert "of 216 questions right" in result.stdout and "guessing gives 10.0%" in result.stdout
+    assert result.stdout.count("--- a sample") == 2 and "python sample.py" in result.stdout
+    assert "1,049,728 parameters" in result.stdout
     assert re.search(
         r"stage 3.* 20/20 .*loss \d+\.\d+, [\d,]+ tokens/s, \d+% of peak", result.stderr.replace("\r", "\n")
     )
