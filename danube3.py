@@ -1196,19 +1196,20 @@ class Run:
         verify_digests(folder)
         try:  # weights_only: a checkpoint from a stranger may hold tensors and numbers, not code
             trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+            step, skipped, made_with, moments = (trainer[name] for name in ("step", "skipped", "identity", "optimizer"))
         except FileNotFoundError as error:
             raise DanubeError(f"{folder} has no trainer.pt to go on from: choose another --out") from error
         except Exception as error:
             raise DanubeError(f"{folder / 'trainer.pt'} is damaged: remove {folder} to start again") from error
         for part, values in self.identity.items():
             for name, value in values.items():
-                if (saved := trainer["identity"].get(part, {}).get(name)) != value:
-                    values = f" was {saved}, now it is {value}" if len(f"{saved}{value}") < 60 else ""
-                    raise DanubeError(f"{folder} was made with another {part} ({name}{values}): resume with the flags "
+                if (saved := made_with.get(part, {}).get(name)) != value:
+                    change = f" was {saved}, now it is {value}" if len(f"{saved}{value}") < 60 else ""
+                    raise DanubeError(f"{folder} was made with another {part} ({name}{change}): resume with the flags "
                                       "and the data of the first run, or choose another --out")
         self.model.load_state_dict(trainer.get("master_weights") or dict(read_weights(folder)))  # copied into place
-        self.optimizer.load_state_dict(trainer["optimizer"])
-        self.step, self.skipped = trainer["step"], trainer["skipped"]
+        self.optimizer.load_state_dict(moments)
+        self.step, self.skipped = step, skipped
 
     def open_log(self) -> TextIO:
         """metrics.jsonl without what a resumed run will do again: lines after its step, and the evaluation at it."""
@@ -1247,8 +1248,7 @@ class Run:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Turns the first Ctrl-C into a request to stop after the step (the list is no longer empty); a second one stops at
-    once."""
+    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once."""
     requests: list[int] = []
 
     def request(signum: int, frame: object) -> None:

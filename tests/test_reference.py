@@ -1,4 +1,4 @@
-"""Hold reference.py against independent implementations: PyTorch's own operations and autograd, central differences,
+"""Holds reference.py against independent implementations: PyTorch's own operations and autograd, central differences,
 torch.optim.AdamW, torch.nn.utils.clip_grad_norm_, and transformers' LlamaForCausalLM, all in float64.
 Seeds are new in each run; a failing test prints its own, and SEED=... pytest ... repeats it."""
 
@@ -12,13 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import reference as ref
-
-torch.set_num_threads(1)
 SHAPES = [(1, 6, 1), (2, 6, 2), (7, 96, 4), (33, 120, 2)]  # T, h, H/K
 
 
