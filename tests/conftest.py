@@ -42,10 +42,13 @@ def random_model(config, seed=0, dtype=torch.float32):
 def transformers_model(config, weights, **changes):
     """The independent implementation, with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.initialization import no_init_weights
 
     names = dataclasses.asdict(config)
     rope = {"rope_type": "default", "rope_theta": names.pop("rope_theta")}
-    theirs = LlamaForCausalLM(LlamaConfig(**{**names, **changes}, rope_parameters=rope, tie_word_embeddings=False))
+    their_config = LlamaConfig(**{**names, **changes}, rope_parameters=rope, tie_word_embeddings=False)
+    with no_init_weights():
+        theirs = LlamaForCausalLM(their_config)
     theirs.load_state_dict(weights)
     return theirs.eval()
 

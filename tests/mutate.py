@@ -1,0 +1,185 @@
+"""Do the tests notice? `python tests/mutate.py` changes danube3.py by one token at a time and runs the fast tests on it.
+
+A mutant is one small change of the syntax tree inside the functions in TARGETS: another operator, sign, comparison or
+constant, an index off by one, a flipped flag, a dropped call, two swapped arguments. A mutant that passes every test has
+survived: either the tests are blind there, or it changes nothing (EQUIVALENT says why). Not part of CI.
+"""
+
+import argparse
+import ast
+import copy
+import os
+import random
+import sys
+import time
+import types
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swiglu cross_entropy KVCache RMSNorm Attention MLP
+    DecoderLayer Decoder Danube3 next_token_probabilities generate_tokens generate TokenSource.window mixture_pattern
+    shuffled StagedData Recipe.stage_ends Recipe.stage_at Recipe.rows_per_step make_optimizer learning_rate train_step
+    first_difference render_chat continuation_log_likelihood multiple_choice""".split()
+FAST_TESTS = ["tests/test_kernels.py", "tests/test_twins.py", "tests/test_model.py", "tests/test_data.py", "tests/test_config.py",
+              "tests/test_tokenizer.py", "tests/test_training.py", "tests/test_checkpoint.py"]
+FAST = "not published and not 4b and not twenty and not command and not kill and not interrupt and not resum and not overwritten " \
+       "and not flags and not finite and not bf16 and not compiled and not validation and not micro_batch_size_may and not sample"
+
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mod,
+             ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd}
+COMPARISONS = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+               ast.Is: ast.IsNot, ast.IsNot: ast.Is}
+
+
+def changes(node):
+    """All one-token changes of one node, as functions that change a copy of it in place or return its replacement."""
+    if isinstance(node, (ast.BinOp, ast.AugAssign)) and type(node.op) in OPERATORS:
+        yield "operator", lambda n: setattr(n, "op", OPERATORS[type(n.op)]())
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Sub, ast.Div, ast.FloorDiv)):
+        yield "swapped operands", lambda n: ast.BinOp(n.right, n.op, n.left)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+        yield "comparison", lambda n: n.ops.__setitem__(0, COMPARISONS[type(n.ops[0])]())
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield "dropped minus", lambda n: n.operand
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "flipped flag", lambda n: setattr(n, "value", not n.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        yield "constant", lambda n: setattr(n, "value", n.value + 1)
+    if isinstance(node, ast.Call) and len(node.args) >= 2 and not isinstance(node.args[0], ast.Starred):
+        yield "swapped arguments", lambda n: n.args.__setitem__(slice(0, 2), n.args[1::-1])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Name):
+        yield "dropped call", lambda n: n.func.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.args:
+        yield "dropped call", lambda n: n.args[0]
+    if isinstance(node, ast.IfExp):
+        yield "swapped branches", lambda n: ast.IfExp(n.test, n.orelse, n.body)
+    if isinstance(node, ast.BoolOp):
+        yield "and/or", lambda n: setattr(n, "op", ast.Or() if isinstance(n.op, ast.And) else ast.And())
+    if isinstance(node, ast.keyword) and node.arg in ("enable_gqa", "dim", "labels", "device", "dtype") and node.arg != "device":
+        yield "dropped keyword", None
+
+
+def functions(tree):
+    """The function definitions in TARGETS; a class stands for all its methods."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and ({node.name, f"{node.name}.{method.name}"} & set(TARGETS)):
+                    yield f"{node.name}.{method.name}", method
+        elif isinstance(node, ast.FunctionDef) and node.name in TARGETS:
+            yield node.name, node
+
+
+def inside_error(function):
+    """Nodes that only word an error, a docstring or a type: not worth a mutant."""
+    skipped = set()
+    for node in ast.walk(function):
+        parts = [node] if isinstance(node, (ast.Raise, ast.JoinedStr)) else []
+        parts += [node.returns] if isinstance(node, ast.FunctionDef) and node.returns else []
+        parts += [node.annotation] if isinstance(node, (ast.arg, ast.AnnAssign)) and node.annotation else []
+        skipped.update(id(part) for whole in parts for part in ast.walk(whole))
+    return skipped
+
+
+def mutants(source):
+    """(name, line, kind, mutated source) of every mutant."""
+    tree = ast.parse(source)
+    for name, function in functions(tree):
+        skipped = inside_error(function)
+        for index, node in enumerate(ast.walk(function)):
+            if id(node) in skipped:
+                continue
+            for number, (kind, change) in enumerate(changes(node)):
+                mutated = copy.deepcopy(tree)
+                target = dict(functions(mutated))[name]
+                twin = list(ast.walk(target))[index]
+                if change is None:
+                    owner = next(n for n in ast.walk(target) if isinstance(n, ast.Call) and twin in n.keywords)
+                    owner.keywords.remove(twin)
+                else:
+                    replacement = list(changes(twin))[number][1](twin)
+                    if replacement is not None:
+                        replace_node(target, twin, replacement)
+                line = getattr(node, "lineno", function.lineno)
+                yield name, line, kind, ast.unparse(ast.fix_missing_locations(mutated))
+
+
+def replace_node(tree, old, new):
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            if value is old:
+                setattr(parent, field, new)
+            elif isinstance(value, list) and any(item is old for item in value):
+                value[:] = [new if item is old else item for item in value]
+
+
+def survives(source, seconds):
+    """Run the fast tests on a mutant in a forked process, which has everything but danube3 imported already."""
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        code = 1
+        try:
+            import pytest
+            module = types.ModuleType("danube3")
+            sys.modules["danube3"] = module
+            exec(compile(source, "danube3.py", "exec"), module.__dict__)
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", FAST, *FAST_TESTS]))
+        finally:
+            os._exit(code)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.02)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return False  # a mutant that never ends has been noticed
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, default=0, help="only so many, drawn at random (0: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--part", default="1/1", help="2/3: the second third, to share the work among processes")
+    parser.add_argument("--only", default="", help="only functions whose name contains this")
+    parser.add_argument("--list", action="store_true", help="count them, run nothing")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    source = (ROOT / "danube3.py").read_text()
+    found = [m for m in mutants(source) if args.only in m[0]]
+    if args.sample:
+        found = random.Random(args.seed).sample(found, min(args.sample, len(found)))
+    part, parts = map(int, args.part.split("/"))
+    found = found[part - 1::parts]
+    if args.list:
+        print(f"{len(found)} mutants")
+        return
+    import gguf  # noqa: F401
+    import pytest  # noqa: F401
+    import safetensors.torch  # noqa: F401
+    import sentencepiece  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    torch.set_num_threads(1)
+    start, survivors = time.monotonic(), []
+    original = ast.unparse(ast.parse(source))
+    assert survives(original, 600), "the unchanged file fails its own tests"
+    limit = 3 * (time.monotonic() - start) + 20
+    lines = source.splitlines()
+    for number, (name, line, kind, mutated) in enumerate(found, start=1):
+        if survives(mutated, limit):
+            survivors.append((name, line, kind))
+            print(f"survived: {name}:{line} {kind}: {lines[line - 1].strip()[:100]}", flush=True)
+        if number % 20 == 0:
+            print(f"  {number} of {len(found)}, {len(survivors)} survived, {time.monotonic() - start:.0f} s", flush=True)
+    print(f"{len(found)} mutants, {len(found) - len(survivors)} noticed, {len(survivors)} survived")
+
+
+if __name__ == "__main__":
+    main()
