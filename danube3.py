@@ -35,6 +35,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -95,8 +96,8 @@ class DanubeConfig:
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
                 kind = "an integer" if integer else "a number"
                 raise DanubeError(f"config: {field.name} is {value!r}: give it {kind}")
-            if not math.isfinite(value) or value < 0 or value == 0 and not field.name.endswith("_token_id"):
-                raise DanubeError(f"config: {field.name} is {value}: it must be positive")
+            if not 0 <= value < 2 ** 62 or value == 0 and not field.name.endswith("_token_id"):
+                raise DanubeError(f"config: {field.name} is {value}: it must be positive, and a size that exists")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DanubeError(f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
                               "key/value heads evenly: make num_attention_heads a multiple of num_key_value_heads")
@@ -294,14 +295,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without any control token whatever the text spells."""
-        return self.pieces.encode(text)
+        try:
+            return self.pieces.encode(text)
+        except (RuntimeError, UnicodeError) as error:  # bytes that Python could only keep as lone surrogates
+            raise DanubeError(f"this text is not valid Unicode: {text[:40]!r}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued or scored: after <s>, as every document was in training."""
         return [self.pieces.bos_id()] * self.add_bos + self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.pieces.decode(ids)
+        return self.pieces.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be padded
 
 
 class StreamDecoder:
@@ -321,7 +325,7 @@ class StreamDecoder:
         """The text that `token_id` completes, perhaps none yet."""
         self.ids.append(token_id)
         text = self.rest()
-        if text.endswith("\ufffd"):  # the mark of an incomplete character
+        if not text or text.endswith("\ufffd"):  # a control token; the mark of an incomplete character
             return ""
         self.start, self.end = self.end, len(self.ids)
         return text
@@ -636,13 +640,14 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     sum (1.0: all), at least one: few where the model is sure, many where it is not.
     """
     logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow, however small the temperature
-    probabilities, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if top_k:
         keep[:, top_k:] = False
     probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
     if top_p < 1.0:
         keep = probabilities.cumsum(-1) - probabilities < top_p  # what comes before it does not yet reach p
+        keep[:, 0] = True
         probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # back into the order of the vocabulary
 
@@ -740,7 +745,7 @@ def verify_digests(folder: Path) -> None:
     """Compare a folder's files with its list of digests, where it has one (downloaded folders have none)."""
     if not (folder / DIGESTS).is_file():
         return
-    for line in (folder / DIGESTS).read_text().splitlines():
+    for line in (folder / DIGESTS).read_text(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         if not (folder / name).is_file():
             raise DanubeError(f"{folder / name} is missing: copy the folder again, or remove it")
@@ -754,7 +759,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DanubeError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DanubeError(f"{path} cannot be read as JSON: {str(error).splitlines()[0]}") from error
     if not isinstance(value, dict):
         raise DanubeError(f"{path} does not hold a JSON object")
@@ -813,14 +818,18 @@ def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer:
     with atomic_folder(folder) as partial:
         write_config(partial, model.config, tokenizer, dtype)
         weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
-        safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        if trainer is not None:
-            torch.save(trainer, partial / "trainer.pt")
+        try:
+            safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+            if trainer is not None:
+                torch.save(trainer, partial / "trainer.pt")
+        except (safetensors.SafetensorError, RuntimeError) as error:  # how these two report a full disk
+            reason = str(error).splitlines()[0]
+            raise DanubeError(f"{folder} could not be written ({reason}): make room on the disk") from error
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir()]
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -839,7 +848,10 @@ def find_checkpoint(path: str | Path) -> Path:
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder one by one, whether in one safetensors file or sharded over several."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index).get("weight_map", {}).values())) if index.is_file() else ["model.safetensors"]
+    weight_map = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise DanubeError(f"{index} holds no weight_map of file names: copy it again")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file():
             raise DanubeError(f"{folder / name} is missing: copy it there")
@@ -870,6 +882,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
         if expected.get(name) != tuple(weight.shape):
             raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, "
                               f"{expected.get(name)}: copy both files again")
+        if weight.dtype not in DTYPES.values():
+            raise DanubeError(f"{folder}: {name} is stored as {weight.dtype}: only {', '.join(DTYPES)} can be read")
+        dtype = dtype or weight.dtype  # one type for all, the first one's
         # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
         weights[name] = weight.to(device, dtype, copy=True)
     if missing := expected.keys() - weights.keys():
@@ -974,14 +989,16 @@ class TokenData:
         return file_sha256(self.folder / "meta.json")
 
     def open(self, name: str, split: str) -> TokenSource:
-        sources = self.meta.get("sources", {})
+        sources = self.meta.get("sources")
+        sources = sources if isinstance(sources, dict) else {}
         if name not in sources:
             raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only "
                               f"{', '.join(sources) or 'none'}: make the data again with that source")
-        if not isinstance(sources[name], dict) or split not in sources[name]:
-            raise DanubeError(f"{self.folder / 'meta.json'} counts no {split} tokens of source {name!r}: make the data "
-                              "again")
-        return TokenSource(self.folder, name, split, sources[name][split], self.sequence_length, self.config.vocab_size)
+        counts = sources[name].get(split) if isinstance(sources[name], dict) else None
+        if not isinstance(counts, list) or not all(isinstance(c, int) and 0 < c < 2 ** 60 for c in counts):
+            raise DanubeError(f"{self.folder / 'meta.json'} has no list of token counts for source {name!r}, {split}: "
+                              "make the data again")
+        return TokenSource(self.folder, name, split, counts, self.sequence_length, self.config.vocab_size)
 
 
 def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
@@ -1196,32 +1213,37 @@ class Run:
         verify_digests(folder)
         try:  # weights_only: a checkpoint from a stranger may hold tensors and numbers, not code
             trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-            step, skipped, made_with, moments = (trainer[name] for name in ("step", "skipped", "identity", "optimizer"))
+            self.check_identity(folder, trainer["identity"])
+            self.model.load_state_dict(trainer.get("master_weights") or dict(read_weights(folder)))  # copied into place
+            self.optimizer.load_state_dict(trainer["optimizer"])
+            self.step, self.skipped = int(trainer["step"]), int(trainer["skipped"])
         except FileNotFoundError as error:
             raise DanubeError(f"{folder} has no trainer.pt to go on from: choose another --out") from error
+        except DanubeError:
+            raise
         except Exception as error:
             raise DanubeError(f"{folder / 'trainer.pt'} is damaged: remove {folder} to start again") from error
+
+    def check_identity(self, folder: Path, made_with: dict) -> None:
         for part, values in self.identity.items():
             for name, value in values.items():
-                if (saved := made_with.get(part, {}).get(name)) != value:
+                if (saved := made_with[part].get(name)) != value:
                     change = f" was {saved}, now it is {value}" if len(f"{saved}{value}") < 60 else ""
                     raise DanubeError(f"{folder} was made with another {part} ({name}{change}): resume with the flags "
                                       "and the data of the first run, or choose another --out")
-        self.model.load_state_dict(trainer.get("master_weights") or dict(read_weights(folder)))  # copied into place
-        self.optimizer.load_state_dict(moments)
-        self.step, self.skipped = step, skipped
 
     def open_log(self) -> TextIO:
         """metrics.jsonl without what a resumed run will do again: lines after its step, and the evaluation at it."""
         path, partial = self.out / "metrics.jsonl", self.out / "metrics.jsonl.partial"
         kept = []
-        for line in path.read_text().splitlines(keepends=True) if path.exists() and self.step else []:
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() and self.step else []
+        for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:  # a line that a kill cut short
+                if entry["step"] < self.step or entry["step"] == self.step and "val_loss" not in entry:
+                    kept.append(line.rstrip("\n") + "\n")
+            except (ValueError, KeyError, TypeError):  # a line that a kill cut short
                 break
-            if entry["step"] < self.step or entry["step"] == self.step and "val_loss" not in entry:
-                kept.append(line)
         partial.write_text("".join(kept))
         partial.replace(path)
         return open(path, "a")
@@ -1364,7 +1386,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     except FileNotFoundError as error:
         raise DanubeError(f"{path} does not exist") from error
-    except (ValueError, OSError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DanubeError(f"{path} is not JSON, one object a line: {error}") from error
     if not lines or not all(isinstance(line, dict) for line in lines):
         raise DanubeError(f"{path} must hold JSON objects, at least one, one a line")
@@ -1449,13 +1471,10 @@ class Arguments(argparse.ArgumentParser):
 def token_count(text: str) -> int:
     """'200k', '1.5M', '10B', '4T' -> tokens."""
     units = {"": 1, "k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "t": 10 ** 12}
-    unit = text[-1:].lower() if text[-1:].isalpha() else ""
-    try:
-        count = Fraction(text[:len(text) - len(unit)]) * units[unit]
-        if count.denominator != 1 or count < 1:
-            raise ValueError
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no token count: write 200k, 1.5M, 10B or 4T") from error
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,12})?)([kmbt]?)", text.lower(), re.ASCII)
+    count = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
+    if count.denominator != 1 or not 0 < count < 2 ** 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is no token count: write 200k, 1.5M, 10B or 4T")
     return int(count)
 
 
@@ -1466,7 +1485,7 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         (zero := torch.zeros(1, device=name)).item()
         return zero.device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise DanubeError(f"device {name!r} is not available here: use --device auto") from error
 
 

@@ -37,7 +37,7 @@ def main():
     if args.eval:
         print(danube3.answer_quiz(model, tokenizer, args.eval))
         return
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if args.prompt == "-" else args.prompt
     ids = tokenizer.encode_prompt(prompt) or [model.config.bos_token_id]
     print(prompt, end="", flush=True)
     decoder, count, ended = danube3.StreamDecoder(tokenizer, ids), len(ids), False

@@ -270,3 +270,34 @@ def test_multiple_choice_by_hand(saved):
     assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
     with pytest.raises(danube3.DanubeError, match="question 1 lacks"):
         danube3.multiple_choice(model, tokenizer, [{"prompt": "x"}])
+
+
+@pytest.mark.parametrize("line", ["5", "{}", '{"step": "3"}', "\udcff", '{"step": 1, "lo'])
+def test_metrics_that_were_damaged(line, tmp_path, tokenizer):
+    """What cannot be read, and all after it, is forgotten on resume."""
+    model, out = random_model(TINY), tmp_path
+    optimizer = danube3.make_optimizer(model, danube3.RECIPES["toy"])
+    run = danube3.Run(out, model, tokenizer, optimizer, {}, resume=False)
+    run.write(step=1, loss=2.0)
+    run.step = 2
+    run.save()
+    with open(out / "metrics.jsonl", "a", errors="surrogateescape") as file:
+        file.write(f"{line}\n" if line != '{"step": 1, "lo' else line)
+    danube3.Run(out, model, tokenizer, optimizer, {}, resume=True).write(step=3, loss=1.0)
+    assert [json.loads(text)["step"] for text in (out / "metrics.jsonl").read_text().splitlines()] == [1, 3]
+
+
+@pytest.mark.parametrize("change", [{"optimizer": 5}, {"step": "x"}, {"identity": 5}, {"master_weights": 5}])
+def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
+    model = random_model(TINY)
+    optimizer = danube3.make_optimizer(model, danube3.RECIPES["toy"])
+    state = {
+        "step": 1,
+        "skipped": 0,
+        "identity": {"recipe": {"seed": 0}},
+        "optimizer": optimizer.state_dict(),
+        **change,
+    }
+    danube3.save_checkpoint(tmp_path / "step-0000001", model, tokenizer, state)
+    with pytest.raises(danube3.DanubeError, match="trainer.pt is damaged"):
+        danube3.Run(tmp_path, model, tokenizer, optimizer, {"recipe": {"seed": 0}}, resume=True)

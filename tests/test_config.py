@@ -141,7 +141,9 @@ def test_token_count(text, tokens):
     assert danube3.token_count(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["", "k", "-5", "0", "1.5", "ten", "1e", "5x", "nan", "inf"])
+@pytest.mark.parametrize(
+    "text", ["", "k", "-5", "0", "1.5", "ten", "1e", "5x", "nan", "inf", "1e99999999", "10000000T", "\u00b2"]
+)
 def test_no_token_count(text):
     with pytest.raises(danube3.argparse.ArgumentTypeError):
         danube3.token_count(text)

@@ -232,3 +232,13 @@ def test_source_shorter_than_a_row(tmp_path, tokenizer):
     folder = write_data(tmp_path / "tiny", tokenizer, {"a": 100, "b": 100, "c": 9})
     with pytest.raises(danube3.DanubeError, match="'c' .* less than one row of 16"):
         staged(folder)
+
+
+@pytest.mark.parametrize(
+    "sources", [None, 5, "web", ["a"], {}, {"a": 5}, {"a": {}}, {"a": {"train": 5}}, {"a": {"train": [-1]}}]
+)
+def test_meta_of_the_wrong_shape(folder, sources):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "sources": sources}))
+    with pytest.raises(danube3.DanubeError, match="source 'a'"):
+        staged(folder)

@@ -158,12 +158,14 @@ def test_streaming_loses_nothing(which, tokenizer, mistral):
             assert tokenizer.decode(ids[:cut]) + "".join(pieces) + stream.finish() == tokenizer.decode(ids) == text
 
 
-def test_streaming_random_ids(tokenizer):
-    """Whatever a model says, broken bytes too, streamed text equals the whole decoded at once."""
+@pytest.mark.parametrize("first", [3, 0])
+def test_streaming_random_ids(tokenizer, first):
+    """Whatever a model says, broken bytes, control tokens and ids of a padded vocabulary too: streamed text equals the
+    whole decoded at once."""
     draw = random.Random(0)
     prompt = tokenizer.encode_prompt("Ada")
     for _ in range(50):
-        ids = [draw.randrange(3, tokenizer.vocab_size) for _ in range(20)]
+        ids = [draw.randrange(first, tokenizer.vocab_size + 10) for _ in range(20)]
         stream = danube3.StreamDecoder(tokenizer, prompt)
         assert "Ada" + "".join(map(stream.feed, ids)) + stream.finish() == tokenizer.decode(prompt + ids)
 
@@ -195,3 +197,8 @@ def test_bad_tokenizer_files(tmp_path):
         danube3.Tokenizer(tmp_path / "bad.model")
     with pytest.raises(danube3.DanubeError, match="another vocabulary size"):
         danube3.train_tokenizer(["a b"], 5000, tmp_path / "big.model")
+
+
+def test_text_that_is_no_text(tokenizer):
+    with pytest.raises(danube3.DanubeError, match="not valid Unicode"):
+        tokenizer.encode("broken \udcff")

@@ -114,7 +114,7 @@ def test_bfloat16_within_its_bits(T):
     """Each of the model's 2 x 7 matrix products and norms rounds its result to 8 bits, a relative error of 2^-9 at the
     most and 2^-9 / sqrt(3) on average; independent errors add up as their squares."""
     rounded, ids = random_model(TINY, dtype=torch.bfloat16), torch.randint(0, TINY.vocab_size, (4, T))
-    exact = random_model(TINY, dtype=torch.bfloat16).double()(ids)  # the weights' own rounding is not the kernels' fault
+    exact = random_model(TINY, dtype=torch.bfloat16).double()(ids)  # not the weights' rounding
     roundings = TINY.num_hidden_layers * 14 + 2
     error = (rounded(ids).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 2**-12 < error < 3 * 2**-9 * (roundings / 3) ** 0.5, error
