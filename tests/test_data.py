@@ -242,3 +242,9 @@ def test_meta_of_the_wrong_shape(folder, sources):
     (folder / "meta.json").write_text(json.dumps({**meta, "sources": sources}))
     with pytest.raises(danube3.DanubeError, match="source 'a'"):
         staged(folder)
+
+
+def test_shuffled_never_changes():
+    """Recorded from our own first version: a run must find its windows again with any later one."""
+    assert [danube3.shuffled(i, 10, "0/web/0") for i in range(10)] == [5, 9, 6, 3, 7, 4, 0, 2, 8, 1]
+    assert [danube3.shuffled(i, 10**9, "7/web/3") for i in range(3)] == [459083794, 5971220, 50517585]

@@ -163,6 +163,8 @@ def test_generation_stops():
         end = reference.index(eos) if eos in reference else len(reference)
         assert row[: end + 1] == reference[: end + 1][: len(row)] and set(row[end:]) <= {eos}
     assert danube3.generate(stopping, ids[:1], 20).shape[1] <= 8 + 5
+    steps = list(danube3.generate_tokens(stopping, ids, 20))  # its defaults are greedy too
+    assert torch.equal(torch.stack(steps, dim=1), out[:, 8:])
     full = danube3.generate(model, ids, 10_000)
     assert full.shape[1] == TINY.max_position_embeddings or (full[:, -1] == 2).all()
     with pytest.raises(danube3.DanubeError, match="does not fit"):
