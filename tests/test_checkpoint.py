@@ -265,6 +265,13 @@ def test_multiple_choice_by_hand(saved):
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
         expected.append(scores.index(max(scores)))
     assert danube3.multiple_choice(model, tokenizer, questions) == expected
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:  # only the choice is scored, not the prompt
+        patch.setattr(
+            danube3, "continuation_log_likelihood", lambda model, rows: asked.extend(rows) or [0.0] * len(rows)
+        )
+        danube3.multiple_choice(model, tokenizer, questions[:1])
+    assert [tokenizer.decode(ids[start:]) for ids, start in asked[:2]] == ["lives", "keeps geese"]
     rows = [(tokenizer.encode_prompt(text), 1) for text in ("Ada lives in Marrow.", "She", "He keeps 2 geese")]
     alone = [danube3.continuation_log_likelihood(model, [row])[0] for row in rows]
     assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)

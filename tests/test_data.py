@@ -137,6 +137,16 @@ def test_batches_are_what_the_brute_force_gives(folder):
     assert used["c"] > 3 * batches.sources["c"].windows  # so epochs were crossed, and the stage boundary with them
 
 
+def test_a_single_source(folder):
+    """A mixture of one: its windows, all of them before any comes again."""
+    recipe = small_recipe(stages=(danube3.Stage("only", 64 * 40, {"a": 5}),))
+    batches = staged(folder, recipe)
+    n = batches.sources["a"].windows
+    windows = [batches.row(step, i)[1] for step in range(40) for i in range(4)]
+    assert windows[:n] == [danube3.shuffled(i, n, "0/a/0") for i in range(n)]
+    assert windows[n : 2 * n] == [danube3.shuffled(i, n, "0/a/1") for i in range(n)]
+
+
 def test_no_window_repeats_before_all_were_used(folder):
     recipe = small_recipe()
     batches, seen = staged(folder, recipe), {name: [] for name in "abc"}

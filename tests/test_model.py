@@ -150,6 +150,15 @@ def test_sampling_follows_the_probabilities():
     assert not torch.equal(first, danube3.generate(model, rows, 1, temperature=0.8, top_k=12, seed=2)[:, 3])
 
 
+def test_sampling_at_temperature_one():
+    """Is sampling, not the likeliest token, and a prompt of one token is enough."""
+    model, ids = random_model(TINY), torch.full((2000, 1), 5)
+    first = danube3.generate(model, ids, 1, temperature=1.0, seed=3)[:, 1]
+    expected = danube3.next_token_probabilities(model(ids[:1])[:, -1], 1.0)[0]
+    counts = torch.bincount(first, minlength=TINY.vocab_size) / 2000
+    assert len(first.unique()) > 3 and (counts - expected).abs().max() < 0.05
+
+
 def test_generation_stops():
     """At </s>, row by row; at the number of tokens; at the context."""
     model, ids = random_model(TINY), torch.randint(3, 330, (3, 8))

@@ -89,6 +89,15 @@ def reference_loss(ids, labels):
     return loss / count
 
 
+def test_a_step_without_labels_does_nothing_wrong():
+    """Nothing to divide by: the loss is 0 and the weights stay finite."""
+    recipe = dataclasses.replace(danube3.RECIPES["toy"], sequence_length=8, tokens_per_step=16, micro_batch_size=2)
+    model, ids = random_model(TINY), torch.randint(0, 330, (2, 8))
+    labels = torch.full_like(ids, danube3.IGNORE)
+    assert danube3.train_step(model, danube3.make_optimizer(model, recipe), ids, labels, recipe, 0) == (0.0, 0.0)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_decay_on_matrices_only():
     """With no gradient to follow, a step shrinks matrices by lr x decay and leaves gains alone."""
     recipe, model = danube3.RECIPES["toy"], random_model(TINY)
