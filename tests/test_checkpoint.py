@@ -272,6 +272,10 @@ def test_multiple_choice_by_hand(saved):
         )
         danube3.multiple_choice(model, tokenizer, questions[:1])
     assert [tokenizer.decode(ids[start:]) for ids, start in asked[:2]] == ["lives", "keeps geese"]
+    for ids, start in asked:
+        log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+        by_hand = sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids)))
+        assert danube3.continuation_log_likelihood(model, [(ids, start)]) == pytest.approx([by_hand], abs=1e-4)
     rows = [(tokenizer.encode_prompt(text), 1) for text in ("Ada lives in Marrow.", "She", "He keeps 2 geese")]
     alone = [danube3.continuation_log_likelihood(model, [row])[0] for row in rows]
     assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
