@@ -356,9 +356,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> 
     return Tokenizer(model_file)
 
 
+IGNORE = -100  # a label that carries no loss: PyTorch's and transformers' convention
+
 # The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text; </s> is the control
 # token. A system message is refused. The template in Jinja is for other programs; ours is render_chat.
-IGNORE = -100  # a label that carries no loss: PyTorch's and transformers' convention
 CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|prompt|>' + message['content'] + eos_token }}"
@@ -647,7 +648,7 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
     if top_p < 1.0:
         keep = probabilities.cumsum(-1) - probabilities < top_p  # what comes before it does not yet reach p
-        keep[:, 0] = True
+        keep[:, 0] = True  # also where p is less than fp32 can hold
         probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # back into the order of the vocabulary
 

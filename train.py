@@ -27,7 +27,7 @@ def arguments():
     parser.add_argument("--save-every", type=int, help="steps between checkpoints [the recipe's]")
     parser.add_argument("--seed", type=int, help="of the initial weights and the order of the data [the recipe's]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--compile", action="store_true", help="compile the model first: a minute for a faster run")
+    parser.add_argument("--compile", action="store_true", help="compile the model first (a CPU needs a C++ compiler)")
     return parser.parse_args()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from collections import Counter
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import SENTENCES, TINY
+from conftest import ROOT, SENTENCES, TINY
 
 import danube3
 
@@ -258,3 +259,20 @@ def test_shuffled_never_changes():
     """Recorded from our own first version: a run must find its windows again with any later one."""
     assert [danube3.shuffled(i, 10, "0/web/0") for i in range(10)] == [5, 9, 6, 3, 7, 4, 0, 2, 8, 1]
     assert [danube3.shuffled(i, 10**9, "7/web/3") for i in range(3)] == [459083794, 5971220, 50517585]
+
+
+def test_the_lines_of_the_readme_make_a_data_folder(tmp_path, tokenizer, monkeypatch):
+    """The script under "The real sizes", run as it stands, on a few files for each source."""
+    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_file.read_bytes())
+    for source in danube3.SOURCES:
+        (tmp_path / "texts" / source).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "texts" / source / f"{i}.txt").write_text(SENTENCES[i] * 20)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    recipe = danube3.Recipe(danube3.danube_stages(640, 640, 640), T, 64, 4, 1e-3)
+    data = danube3.TokenData(tmp_path / "data" / "500m", TINY, T)
+    assert danube3.StagedData(data, recipe).batch(29)[0].shape == (4, T)
+    assert all(data.open(source, "val").windows for source in danube3.SOURCES)
