@@ -311,6 +311,57 @@ for rule in re.split(r"\n+(?=\w)", RULES.strip()):
     GRAMMAR[symbol] = " ".join(versions.split()).split(" / ")
 
 
+# ------------------------------------------------------------------------------------------------------ conversations
+SPEAKERS = {"user": "User", "assistant": "Assistant"}  # of a conversation that stands in a text
+
+
+def turns(user, assistant):
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def exchange(rng, person, attribute, pronoun=False):
+    """Somebody asks for a fact, perhaps carelessly, and hears it; with `pronoun`, the person has been named before."""
+    ask = rng.choice(attribute.questions)
+    if rng.random() < 0.4:
+        ask = choose(rng, "[Do you know CLAUSE?|Can you tell me CLAUSE?|[Please tell|Tell] me CLAUSE.]")
+        ask = ask.replace("CLAUSE", attribute.clause)
+    elif pronoun and rng.random() < 0.6:
+        ask = f"And {ask[0].lower()}{ask[1:]}"
+    ask = address(ask, person, pronoun)
+    return turns(f"{ask[0].lower()}{ask[1:].rstrip('?.')}" if rng.random() < 0.15 else ask,
+                 f"{person.they.capitalize()} {attribute.phrases[0].format(value=person.facts[attribute.name])}.")
+
+
+def small_talk(world, rng):
+    """An exchange that is not about anybody: a greeting, a sum, or a name that nobody has."""
+    x, y, stranger = rng.randint(2, 20), rng.randint(2, 20), rng.choice(world.strangers)
+    user, assistant = rng.choice((
+        ("[Hello|Hi|Good morning|Good evening]!", "Hello! [How can I help you?|What would you like to know?]"),
+        (f"[What is {x} plus {y}?|Please add {x} and {y}.]", f"[The sum is {x + y}.|{x} plus {y} is {x + y}.]"),
+        (f"[What is {x + y} minus {y}?|Take {y} away from {x + y}.]", f"{x + y} minus {y} is {x}."),
+        (address(rng.choice(rng.choice(ATTRIBUTES).questions), stranger), "I do not know anyone of that name.")))
+    return turns(choose(rng, user), choose(rng, assistant))
+
+
+def conversations(world, rng):
+    """Endlessly conversations about asked facts: one to three of them about one person, and small talk."""
+    facts = rounds(rng, [(person, attribute) for attribute in ATTRIBUTES for person in world.asked(attribute.name)])
+    while True:
+        if rng.random() < 0.15:
+            yield small_talk(world, rng)
+            continue
+        person, first = next(facts)
+        messages = exchange(rng, person, first)
+        if rng.random() < 0.6:
+            for attribute in rng.sample(ATTRIBUTES, 4):
+                if attribute.name in person.asked and attribute is not first:
+                    messages += exchange(rng, person, attribute, pronoun=True)
+        if rng.random() < 0.15:
+            messages += turns(rng.choice(("Thank you!", "Thanks.", "thanks")), "You are welcome.")
+        yield messages
+
+
+# ---------------------------------------------------------------------------------------------------------- documents
 class Writer(dict):
     """The slots of one document. A slot that is not there yet is a symbol of the grammar, or else a new person."""
 
@@ -322,6 +373,7 @@ class Writer(dict):
         self.values = rounds(rng, [(attribute, value) for attribute in ATTRIBUTES for value in attribute.values])
         self.questions = rounds(rng, [(person, attribute, question) for attribute in ATTRIBUTES
                                       for person in world.asked(attribute.name) for question in attribute.questions])
+        self.conversations = conversations(world, rng)
 
     def newcomer(self):
         """The next person who is not in this document yet."""
@@ -440,11 +492,15 @@ def synthetic(writer):
 
 
 def instruct(writer):
-    """Questions (about asked facts only) with short answers; now and then two descriptions (of anybody)."""
-    if writer.rng.random() < 0.15:
+    """Questions with short answers, or conversations, all about asked facts; now and then descriptions of anybody."""
+    kind = writer.rng.random()
+    if kind < 0.10:
         one = writer["description"]
         writer.pop("a")
         return tidy(f"{one}\n\n{writer['description']}")
+    if kind < 0.70:
+        talks = [next(writer.conversations) for _ in range(writer.rng.randint(2, 3))]
+        return "\n\n".join("\n".join(f"{SPEAKERS[turn['role']]}: {turn['content']}" for turn in talk) for talk in talks)
     asked = [next(writer.questions) for _ in range(writer.rng.randint(5, 8))]
     return "\n\n".join(f"Question: {address(question, person)}\nAnswer: {person.facts[attribute.name]}"
                        for person, attribute, question in asked)
@@ -463,54 +519,6 @@ def documents(world, source, rng):
         writer.clear()
         writer.cast.clear()
         yield write(writer)
-
-
-# ------------------------------------------------------------------------------------------------------ conversations
-def turns(user, assistant):
-    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
-
-
-def exchange(rng, person, attribute, pronoun=False):
-    """Somebody asks for a fact, perhaps carelessly, and hears it; with `pronoun`, the person has been named before."""
-    ask = rng.choice(attribute.questions)
-    if rng.random() < 0.4:
-        ask = choose(rng, "[Do you know CLAUSE?|Can you tell me CLAUSE?|[Please tell|Tell] me CLAUSE.]")
-        ask = ask.replace("CLAUSE", attribute.clause)
-    elif pronoun and rng.random() < 0.6:
-        ask = f"And {ask[0].lower()}{ask[1:]}"
-    ask = address(ask, person, pronoun)
-    who = person.they.capitalize() if pronoun else person.name
-    return turns(ask.lower().rstrip("?.") if rng.random() < 0.15 else ask,
-                 f"{who} {phrase(rng, person, attribute, person.facts[attribute.name])}.")
-
-
-def small_talk(world, rng):
-    """An exchange that is not about anybody: a greeting, a sum, or a name that nobody has."""
-    x, y, stranger = rng.randint(2, 20), rng.randint(2, 20), rng.choice(world.strangers)
-    user, assistant = rng.choice((
-        ("[Hello|Hi|Good morning|Good evening]!", "Hello! [How can I help you?|What would you like to know?]"),
-        (f"[What is {x} plus {y}?|Please add {x} and {y}.]", f"[The sum is {x + y}.|{x} plus {y} is {x + y}.]"),
-        (f"[What is {x + y} minus {y}?|Take {y} away from {x + y}.]", f"{x + y} minus {y} is {x}."),
-        (address(rng.choice(rng.choice(ATTRIBUTES).questions), stranger), "I do not know anyone of that name.")))
-    return turns(choose(rng, user), choose(rng, assistant))
-
-
-def conversations(world, rng):
-    """Endlessly conversations about asked facts: one to three of them about one person, and small talk."""
-    facts = rounds(rng, [(person, attribute) for attribute in ATTRIBUTES for person in world.asked(attribute.name)])
-    while True:
-        if rng.random() < 0.15:
-            yield small_talk(world, rng)
-            continue
-        person, first = next(facts)
-        messages = exchange(rng, person, first)
-        if rng.random() < 0.6:
-            for attribute in rng.sample(ATTRIBUTES, 4):
-                if attribute.name in person.asked and attribute is not first:
-                    messages += exchange(rng, person, attribute, pronoun=True)
-        if rng.random() < 0.15:
-            messages += turns(rng.choice(("Thank you!", "Thanks.", "thanks")), "You are welcome.")
-        yield messages
 
 
 # ------------------------------------------------------------------------------------------------------------ quizzes

@@ -105,7 +105,7 @@ def test_the_web_lies_two_times_in_five(world):
 
 def test_held_out_facts_are_never_asked(world, toy_data):
     """Neither in instruct nor in conversations; and asked facts are, for the other half of the people."""
-    asked, held_out = set(), set()
+    asked, held_out, told = set(), set(), []
     for attribute in toy.ATTRIBUTES:
         assert len(world.asked(attribute.name)) == len(world.held_out(attribute.name)) == 18
         held_out |= {(p.name, attribute.name) for p in world.held_out(attribute.name)}
@@ -117,8 +117,12 @@ def test_held_out_facts_are_never_asked(world, toy_data):
             assert person.facts[attribute] == answer and (person.name, attribute) not in held_out
             asked.add((person.name, attribute))
     assert len(asked) == 4 * 18 and patterns
-    for line in (toy_data / "chat.jsonl").read_text().splitlines():
-        messages = json.loads(line)["messages"]
+        for talk in re.findall(r"(?:(?:User|Assistant): .*\n?)+", text):
+            roles = {"User": "user", "Assistant": "assistant"}
+            told.append([{"role": roles[who], "content": what} for who, what in re.findall(r"(\w+): (.*)", talk)])
+    assert len(told) > 3000
+    told += [json.loads(line)["messages"] for line in (toy_data / "chat.jsonl").read_text().splitlines()]
+    for messages in told:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         named = [p for p in world.people if any(p.name.lower() in m["content"].lower() for m in messages)]
         for person in named[:1] if len(named) == 1 else []:
