@@ -13,8 +13,9 @@ step. This file is all of it, to be read from top to bottom; nothing is used bef
      7  Data                token shards, and the staged mixture as a pure function of the step
      8  Optimizer           AdamW, and the learning rate over the steps
      9  Training            one loop
-    11  Evaluation          multiple choice by likelihood
-    13  Command line        what train.py and sample.py share
+    10  Chat fine-tuning    conversations as batches; LoRA
+    11  Evaluation          multiple choice by likelihood, questions answered in free text
+    13  Command line        opening any folder, talking, and what train.py and sample.py share
 
 The letters in every shape comment:
 
@@ -25,7 +26,7 @@ The letters in every shape comment:
 (F is also the usual name of torch.nn.functional in code; N and n in a shape are "any number of them".)
 
 Facts carry their source: [R] is the report, its model cards or published configuration files; [C] is our own choice,
-made because nothing was published. Sections 10 (chat fine-tuning) and 12 (quantization) are not written yet.
+made because nothing was published. Section 12 (quantization) is not written yet.
 """
 
 import argparse
@@ -229,8 +230,9 @@ def count_parameters(config: DanubeConfig) -> int:
     return c.num_hidden_layers * layer + c.hidden_size + 2 * c.vocab_size * c.hidden_size  # + last norm, two embeddings
 
 
-def flops_per_token(config: DanubeConfig, sequence_length: int) -> int:
-    """Floating-point operations that training needs for one token: forward, and twice that backward.
+def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3) -> int:
+    """Floating-point operations that training needs for one token: forward, and twice that backward, once for the
+    gradient of the inputs and once for that of the weights; with frozen weights the last of these 3 passes falls away.
 
     A weight of a matrix costs one multiplication and one addition a token; the input embedding is looked up, not
     multiplied. Attention scores and their weighted sum cost 2 h operations each for every pair of a query and a key,
@@ -240,7 +242,7 @@ def flops_per_token(config: DanubeConfig, sequence_length: int) -> int:
     norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
     weights = count_parameters(c) - c.vocab_size * c.hidden_size - norms
     attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * 2 * (sequence_length + 1)
-    return 3 * (2 * weights + attention)
+    return passes * (2 * weights + attention)
 
 
 def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2) -> dict[str, int]:
@@ -655,11 +657,12 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
 
 @torch.no_grad()
 def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
-                    top_p: float = 1.0, seed: int | None = None) -> Iterator[Tensor]:
+                    top_p: float = 1.0, seed: int | None = None, kv_cache: KVCache | None = None) -> Iterator[Tensor]:
     """Continue input_ids [B, T]; yields the next token of every row, [B], until all rows have ended.
 
     temperature 0 takes the likeliest token. A row ends with </s>, which is yielded, and yields </s> from then on. The
-    loop also ends after `max_new_tokens`, or when the context is full.
+    loop also ends after `max_new_tokens`, or when the context is full. A `kv_cache` that is given may hold a beginning
+    of input_ids already, which is then not processed again.
     """
     B, T = input_ids.shape
     context = model.config.max_position_embeddings
@@ -668,7 +671,8 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     generator = torch.Generator(device=input_ids.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     length = min(T + max_new_tokens, context)
-    kv_cache = KVCache(model.config, B, length, model.lm_head.weight.dtype, input_ids.device)
+    kv_cache = kv_cache or KVCache(model.config, B, length, model.lm_head.weight.dtype, input_ids.device)
+    input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for _ in range(length - T):
         hidden = model.model(input_ids, kv_cache)  # [B, T, D] the first time, then [B, 1, D]
@@ -813,19 +817,24 @@ def write_config(folder: Path, config: DanubeConfig, tokenizer: Tokenizer, dtype
     shutil.copyfile(tokenizer.model_file, folder / "tokenizer.model")
 
 
+def write_tensors(folder: Path, name: str, weights: dict[str, Tensor], trainer: dict | None) -> None:
+    """The large files of a checkpoint."""
+    try:
+        safetensors.torch.save_file(weights, folder / name, metadata={"format": "pt"})
+        if trainer is not None:
+            torch.save(trainer, folder / "trainer.pt")
+    except (safetensors.SafetensorError, RuntimeError) as error:  # how these two report a full disk
+        reason = str(error).splitlines()[0]
+        raise DanubeError(f"{folder} could not be written ({reason}): make room on the disk") from error
+
+
 def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: dict | None = None,
                     dtype: torch.dtype = torch.float32) -> None:
     """Write a whole checkpoint, with weights in `dtype`; `trainer` is what a resumed run needs besides them."""
     with atomic_folder(folder) as partial:
         write_config(partial, model.config, tokenizer, dtype)
         weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
-        try:
-            safetensors.torch.save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-            if trainer is not None:
-                torch.save(trainer, partial / "trainer.pt")
-        except (safetensors.SafetensorError, RuntimeError) as error:  # how these two report a full disk
-            reason = str(error).splitlines()[0]
-            raise DanubeError(f"{folder} could not be written ({reason}): make room on the disk") from error
+        write_tensors(partial, "model.safetensors", weights, trainer)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -837,7 +846,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def find_checkpoint(path: str | Path) -> Path:
     """A checkpoint folder as it is; of a run folder, its newest checkpoint."""
     path = Path(path)
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return path
     if not path.exists():
         raise DanubeError(f"{path} does not exist: give a checkpoint folder or a run folder")
@@ -846,36 +855,47 @@ def find_checkpoint(path: str | Path) -> Path:
     return checkpoints[-1]
 
 
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one safetensors file, one by one."""
+    if not path.is_file():
+        raise DanubeError(f"{path} is missing: copy it there")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                yield key, file.get_tensor(key)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise DanubeError(f"{path} is damaged or cut short ({error}): copy it again") from error
+
+
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder one by one, whether in one safetensors file or sharded over several."""
     index = folder / "model.safetensors.index.json"
     weight_map = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise DanubeError(f"{index} holds no weight_map of file names: copy it again")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise DanubeError(f"{folder / name} is missing: copy it there")
-        try:
-            with safetensors.safe_open(folder / name, framework="pt") as file:
-                for key in file.keys():
-                    yield key, file.get_tensor(key)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise DanubeError(f"{folder / name} is damaged or cut short ({error}): copy it again") from error
+    for name in sorted(set(weight_map.values())):
+        yield from read_tensors(folder / name)
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
-                    dtype: torch.dtype | None = None) -> tuple[Danube3, Tokenizer]:
-    """Model, in eval mode and in `dtype` (default: as stored), and tokenizer of a checkpoint, run or published folder.
+def weights_sha256(folder: Path) -> str:
+    """One digest for the weights of a folder, whatever number of files they are in."""
+    return hashlib.sha256("".join(map(file_sha256, sorted(folder.glob("*.safetensors")))).encode()).hexdigest()
 
-    The model is made without memory of its own and takes over the tensors as they are read, so that loading needs the
-    size of the weights once.
-    """
-    folder = find_checkpoint(path)
-    verify_digests(folder)
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = Danube3(config)
+
+def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
+    """The tokenizer of a checkpoint, which must fit the model's vocabulary."""
+    tokenizer_config = folder / "tokenizer_config.json"
+    add_bos = read_json(tokenizer_config).get("add_bos_token", True) if tokenizer_config.is_file() else True
+    tokenizer = Tokenizer(folder / "tokenizer.model", add_bos=bool(add_bos))
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DanubeError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model only "
+                          f"{config.vocab_size}: copy the tokenizer that belongs to it")
+    return tokenizer
+
+
+def load_weights(model: Danube3, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
+    """Fill a model without memory of its own (on torch's "meta" device) with the tensors of a folder, one by one, so
+    that loading needs the size of the weights once. In `dtype`, or as the first of them is stored."""
     expected, weights = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}, {}
     for name, weight in read_weights(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
@@ -885,19 +905,12 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
                               f"{expected.get(name)}: copy both files again")
         if weight.dtype not in DTYPES.values():
             raise DanubeError(f"{folder}: {name} is stored as {weight.dtype}: only {', '.join(DTYPES)} can be read")
-        dtype = dtype or weight.dtype  # one type for all, the first one's
+        dtype = dtype or weight.dtype
         # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
         weights[name] = weight.to(device, dtype, copy=True)
     if missing := expected.keys() - weights.keys():
         raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
     model.load_state_dict(weights, assign=True)
-    tokenizer_config = folder / "tokenizer_config.json"
-    add_bos = read_json(tokenizer_config).get("add_bos_token", True) if tokenizer_config.is_file() else True
-    tokenizer = Tokenizer(folder / "tokenizer.model", add_bos=bool(add_bos))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise DanubeError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model only "
-                          f"{config.vocab_size}: copy the tokenizer that belongs to it")
-    return model.eval(), tokenizer
 
 
 # ======================================================================================================================
@@ -975,7 +988,8 @@ class TokenData:
         self.folder = Path(folder)
         if not (self.folder / "meta.json").is_file():
             raise DanubeError(f"no data at {self.folder} (no meta.json): write token shards there (README, \"The real "
-                              "sizes\", has the lines that do it), or name their folder with --data")
+                              "sizes\", has the lines that do it), or name their folder with --data; --dry-run shows "
+                              "the plan without data")
         self.meta, self.sequence_length, self.config = read_json(self.folder / "meta.json"), sequence_length, config
         self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
         if self.tokenizer.sha256 != self.meta.get("tokenizer_sha256"):
@@ -1038,12 +1052,16 @@ def shuffled(index: int, size: int, key: str) -> int:
             return index
 
 
+VALIDATION_ROWS = 32  # of each source [C]
+
+
 class StagedData:
     """The batches of a run: `batch(step)` depends on the recipe (with its seed), the shards and the step, and on
     nothing that happened before."""
 
     def __init__(self, data: TokenData, recipe: Recipe) -> None:
-        self.recipe, self.used = recipe, [dict.fromkeys(recipe.stages[0].mixture, 0)]  # rows used before each stage
+        self.data, self.recipe = data, recipe
+        self.used = [dict.fromkeys(recipe.stages[0].mixture, 0)]  # rows used before each stage
         names = dict.fromkeys(name for stage in recipe.stages for name, weight in stage.mixture.items() if weight)
         self.sources = {name: data.open(name, "train") for name in names}
         self.patterns, self.counts = [], []
@@ -1083,6 +1101,20 @@ class StagedData:
         input_ids = torch.from_numpy(np.stack([self.sources[name].window(window) for name, window in rows]))
         return input_ids, input_ids
 
+    def validation_rows(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """input_ids and labels of each source's validation text, VALIDATION_ROWS windows spread evenly."""
+        rows = {}
+        for name in self.recipe.stages[0].mixture:
+            source = self.data.open(name, "val")
+            picks = sorted({i * source.windows // VALIDATION_ROWS for i in range(VALIDATION_ROWS)})
+            rows[name] = (torch.from_numpy(np.stack([source.window(i) for i in picks])),) * 2  # [N, T], twice
+        return rows
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must not change when a run is resumed."""
+        return {"meta.json": self.data.sha256}
+
 
 # ======================================================================================================================
 # 8. Optimizer
@@ -1095,8 +1127,8 @@ class StagedData:
 
 def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW with decay on the matrices only: a norm gain has no reason to be near zero."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    gains = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
+    gains = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.adam_eps,
                              fused=True)  # one pass over memory for all parameters instead of ten for each
@@ -1120,14 +1152,15 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 # will be over, and how much of the machine's arithmetic the run really uses.
 # ======================================================================================================================
 
-VALIDATION_ROWS = 32   # of each source [C]
 MAX_SKIPPED_STEPS = 5  # in a row, before a run that has stopped making sense is ended [C]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the GPU computes in it (capability 8 and up; older ones claim it too, and emulate it), else fp32."""
-    capable = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.bfloat16 if capable else torch.float32
+    """bf16 where the GPU computes in it (capability 8 and up; older ones claim it too, and emulate it), fp16 on older
+    GPUs, fp32 elsewhere."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -1148,55 +1181,77 @@ def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 
     return 2 * size ** 3 / best
 
 
+def used_lengths(labels: Tensor) -> Tensor:
+    """How much of each row can matter to the loss: all up to its last label. What stands after it, padding for one, no
+    earlier token sees. labels [B, T] -> [B]"""
+    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return ((labels != IGNORE) * positions).amax(dim=1)
+
+
+def micro_batches(input_ids: Tensor, labels: Tensor, size: int,
+                  device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut rows [N, T] into pieces of at most `size` rows, each no longer than it must be, on the model's device."""
+    for ids, targets in zip(input_ids.split(size), labels.split(size)):
+        length = max(1, int(used_lengths(targets).amax()))
+        yield ids[:, :length].to(device), targets[:, :length].to(device)
+
+
 def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor, recipe: Recipe,
-               step: int) -> tuple[float, float]:
+               step: int, scaler: torch.amp.GradScaler | None = None) -> tuple[float, float]:
     """One optimizer step on input_ids and labels [rows, T]. -> loss per labelled token, norm of the whole gradient
 
     The loss is divided by the labels of the whole step, so that the number of micro-batches does not change it. If loss
-    or gradient is not finite, the weights are left as they are.
+    or gradient is not finite, the weights are left as they are. fp16 has no numbers below 6e-8, where many gradients
+    lie: `scaler` multiplies the loss, and so all of them, and divides again before they are used.
     """
     device = next(model.parameters()).device
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     labelled = (labels[:, 1:] != IGNORE).sum().clamp(min=1).to(device)
     loss = torch.zeros((), device=device)
-    for ids, targets in zip(input_ids.split(recipe.micro_batch_size), labels.split(recipe.micro_batch_size)):
+    for ids, targets in micro_batches(input_ids, labels, recipe.micro_batch_size, device):
         with autocast(device):
-            part = model(ids.to(device), targets.to(device)) / labelled
-        part.backward()
+            part = model(ids, targets) / labelled
+        scaler.scale(part).backward()
         loss += part.detach()
+    scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, recipe)
     if torch.isfinite(loss + grad_norm):
-        optimizer.step()
+        scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss.item(), grad_norm.item()
 
 
 @torch.no_grad()
-def validation_losses(model: Danube3, data: TokenData, recipe: Recipe) -> dict[str, float]:
-    """Loss per token on each source's validation text, over VALIDATION_ROWS windows spread evenly."""
-    device, losses = next(model.parameters()).device, {}
-    for name in recipe.stages[0].mixture:
-        source = data.open(name, "val")
-        picks = sorted({i * source.windows // VALIDATION_ROWS for i in range(VALIDATION_ROWS)})
-        total = 0.0
-        for rows in torch.tensor(np.stack([source.window(i) for i in picks])).split(recipe.micro_batch_size):
-            with autocast(device):
-                total += model(rows.to(device), rows.to(device)).item()
-        losses[name] = total / (len(picks) * (recipe.sequence_length - 1))
-    return losses
+def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_size: int) -> float:
+    """Loss per labelled token of rows [N, T]."""
+    device, total = next(model.parameters()).device, 0.0
+    for ids, targets in micro_batches(input_ids, labels, micro_batch_size, device):
+        with autocast(device):
+            total += model(ids, targets).item()
+    return total / max(1, int((labels[:, 1:] != IGNORE).sum()))
 
 
 class Run:
     """A run folder: metrics.jsonl, with a line for every step, and the newest checkpoint, from which the run can go on.
 
-    `identity` is what makes a run this run (configuration, recipe, data); it must not change when the run is resumed.
+    `data` is anything with a recipe, batch(step), validation_rows() and identity. What makes a run this run
+    (configuration, recipe, data, `base`: the folder that the weights came from) must be the same when it is resumed.
+    `write_model(folder, model, tokenizer, trainer, dtype)` writes a checkpoint: save_checkpoint or save_adapter.
     """
 
-    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer,
-                 identity: dict[str, dict], resume: bool) -> None:
-        self.out, self.model, self.tokenizer, self.optimizer, self.identity = out, model, tokenizer, optimizer, identity
-        self.step, self.skipped = 0, 0  # steps done; steps skipped in a row
+    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData", resume: bool,
+                 base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
+        self.out, self.model, self.tokenizer, self.data, self.write_model = out, model, tokenizer, data, write_model
+        self.optimizer, self.device = make_optimizer(model, data.recipe), model.lm_head.weight.device
+        free = ("save_every", "micro_batch_size")  # to change when a run goes on
+        recipe = {name: value for name, value in asdict(data.recipe).items() if name not in free}
+        self.identity = {"configuration": asdict(model.config), "recipe": recipe, "data": data.identity,
+                         "start": {"weights": weights_sha256(base) if base else None}}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype(self.device) == torch.float16)
+        self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
         if resume:
             self.restore()
         elif checkpoints_in(out):
@@ -1215,9 +1270,14 @@ class Run:
         try:  # weights_only: a checkpoint from a stranger may hold tensors and numbers, not code
             trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
             self.check_identity(folder, trainer["identity"])
-            self.model.load_state_dict(trainer.get("master_weights") or dict(read_weights(folder)))  # copied into place
+            weights = trainer.get("master_weights") or dict(read_weights(folder))
+            shapes = [{name: tuple(w.shape) for name, w in each.items()} for each in (weights, self.trained_weights())]
+            if shapes[0] != shapes[1]:
+                raise DanubeError(f"{folder} does not hold the weights that this run trains: choose another --out")
+            self.model.load_state_dict(weights, strict=False)  # copied into place; what is frozen stays as it is
             self.optimizer.load_state_dict(trainer["optimizer"])
-            self.step, self.skipped = int(trainer["step"]), int(trainer["skipped"])
+            self.scaler.load_state_dict(trainer["scaler"])
+            self.step, self.tokens, self.skipped = (int(trainer[name]) for name in ("step", "tokens", "skipped"))
         except FileNotFoundError as error:
             raise DanubeError(f"{folder} has no trainer.pt to go on from: choose another --out") from error
         except DanubeError:
@@ -1228,7 +1288,7 @@ class Run:
     def check_identity(self, folder: Path, made_with: dict) -> None:
         for part, values in self.identity.items():
             for name, value in values.items():
-                if (saved := made_with[part].get(name)) != value:
+                if (saved := made_with.get(part, {}).get(name)) != value:
                     change = f" was {saved}, now it is {value}" if len(f"{saved}{value}") < 60 else ""
                     raise DanubeError(f"{folder} was made with another {part} ({name}{change}): resume with the flags "
                                       "and the data of the first run, or choose another --out")
@@ -1253,18 +1313,21 @@ class Run:
         self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one; only then remove the one before."""
         folder = self.out / f"step-{self.step:07d}"
         if folder.is_dir():
             return
-        dtype = compute_dtype(self.model.lm_head.weight.device)
-        trainer = {"step": self.step, "skipped": self.skipped, "identity": self.identity,
-                   "optimizer": self.optimizer.state_dict()}
-        if dtype != torch.float32:
-            trainer["master_weights"] = self.model.state_dict()
+        dtype, weights = compute_dtype(self.device), self.trained_weights()
+        trainer = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "identity": self.identity,
+                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        if dtype != torch.float32 or len(weights) < len(self.model.state_dict()):  # not in the folder as they are here
+            trainer["master_weights"] = weights
         os.fsync(self.log.fileno())
-        save_checkpoint(folder, self.model, self.tokenizer, trainer, dtype)
+        self.write_model(folder, self.model, self.tokenizer, trainer, dtype)
         for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
             shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
 
@@ -1285,33 +1348,37 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def train(run: Run, batches: StagedData, evaluate: Callable[[], dict[str, float]]) -> bool:
-    """Train the run's model on `batches` (anything with .recipe and .batch(step)) to the recipe's end.
+def train(run: Run) -> bool:
+    """Train to the end of the recipe, with losses on validation data before the first step and after each stage.
 
-    `evaluate` gives losses on validation data; it is called before the first step and after each stage.
     -> False if Ctrl-C ended it early; the run is saved then too."""
-    recipe, model = batches.recipe, run.model
-    device = model.lm_head.weight.device
-    peak, flops = measure_matmul_peak(device), flops_per_token(model.config, recipe.sequence_length)
+    recipe, model, validation = run.data.recipe, run.model, run.data.validation_rows()
+    peak, frozen = measure_matmul_peak(run.device), len(run.trained_weights()) < len(model.state_dict())
+    trained = sum(weight.numel() for weight in run.trained_weights().values())
+    print(f"{trained:,} parameters to train, {recipe.total_steps:,} steps of {recipe.rows_per_step} rows on "
+          f"{run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
     bar = tqdm(total=recipe.total_steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05,
                mininterval=0.2 if sys.stderr.isatty() else 10)
     with bar, interruptible() as requests:
         while True:
             if run.step == 0 or run.step in recipe.stage_ends:
                 stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
-                run.write(step=run.step, stage=stage, tokens=run.step * recipe.tokens_per_step, val_loss=evaluate())
+                losses = {name: mean_loss(model, *rows, recipe.micro_batch_size) for name, rows in validation.items()}
+                run.write(step=run.step, stage=stage, tokens=run.tokens, val_loss=losses)
             if run.step == recipe.total_steps:
                 return True
             if requests:
                 run.save()
                 return False
             stage, start = recipe.stages[recipe.stage_at(run.step)].name, time.perf_counter()
-            loss, grad_norm = train_step(model, run.optimizer, *batches.batch(run.step), recipe, run.step)
-            rate, finite = recipe.tokens_per_step / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
-            run.step, run.skipped = run.step + 1, 0 if finite else run.skipped + 1
-            run.write(step=run.step, stage=stage, tokens=run.step * recipe.tokens_per_step,
-                      loss=loss if finite else None, lr=learning_rate(run.step - 1, recipe),
-                      grad_norm=grad_norm if finite else None,
+            input_ids, labels = run.data.batch(run.step)
+            tokens = int(used_lengths(labels).sum())
+            loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
+            rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
+            flops = flops_per_token(model.config, tokens // len(labels), passes=2 if frozen else 3)
+            run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, 0 if finite else run.skipped + 1
+            run.write(step=run.step, stage=stage, tokens=run.tokens, loss=loss if finite else None,
+                      lr=learning_rate(run.step - 1, recipe), grad_norm=grad_norm if finite else None,
                       tokens_per_second=round(rate), mfu=round(rate * flops / peak, 4))
             if run.skipped == MAX_SKIPPED_STEPS:
                 raise DanubeError(f"the loss was not finite in {run.skipped} steps in a row, up to step {run.step}; "
@@ -1323,6 +1390,14 @@ def train(run: Run, batches: StagedData, evaluate: Callable[[], dict[str, float]
             bar.update()
             if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
                 run.save()
+
+
+def compile_model(model: Danube3) -> None:
+    """Have torch.compile fuse the model's small operations. On a CPU that takes a C++ compiler."""
+    if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        model.compile()
+    else:
+        print("no C++ compiler found: going on without --compile", file=sys.stderr)
 
 
 def describe_run(config: DanubeConfig, recipe: Recipe) -> str:
@@ -1348,7 +1423,7 @@ def describe_run(config: DanubeConfig, recipe: Recipe) -> str:
 
 
 def plot_curves(out: Path, recipe: Recipe) -> Path | None:
-    """Loss over tokens, with the stages and their mixtures below, as curves.png; None where matplotlib is missing."""
+    """Loss over steps, with the stages and their mixtures below, as curves.png; None where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1358,22 +1433,252 @@ def plot_curves(out: Path, recipe: Recipe) -> Path | None:
     checks = [entry for entry in entries if "val_loss" in entry]
     figure = Figure(figsize=(9, 6), layout="constrained")
     loss_axes, mixture_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    loss_axes.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], color="0.7", linewidth=0.8, label="train")
+    loss_axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.7", linewidth=0.8, label="train")
     for i, name in enumerate(recipe.stages[0].mixture):
         losses = [e["val_loss"][name] for e in checks]
-        loss_axes.plot([e["tokens"] for e in checks], losses, "o-", color=f"C{i}", label=name)
+        loss_axes.plot([e["step"] for e in checks], losses, "o-", color=f"C{i}", label=name)
         for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
             mixture = list(stage.mixture.values())
             below, share = sum(mixture[:i]) / sum(mixture), mixture[i] / sum(mixture)
-            mixture_axes.bar(start * recipe.tokens_per_step, share, (end - start) * recipe.tokens_per_step, below,
-                             align="edge", color=f"C{i}", edgecolor="white")
+            mixture_axes.bar(start, share, end - start, below, align="edge", color=f"C{i}", edgecolor="white")
     for end in recipe.stage_ends[:-1]:
-        loss_axes.axvline(end * recipe.tokens_per_step, color="0.4", linestyle=":", linewidth=1)
+        loss_axes.axvline(end, color="0.4", linestyle=":", linewidth=1)
     loss_axes.set(ylabel="loss per token (lines: training; dots: validation)")
     loss_axes.legend(ncols=4, fontsize=8)
-    mixture_axes.set(xlabel="tokens", ylabel="share of source", ylim=(0, 1))
+    mixture_axes.set(xlabel="step", ylabel="share of source", ylim=(0, 1))
     figure.savefig(out / "curves.png", dpi=120)
     return out / "curves.png"
+
+
+# ======================================================================================================================
+# 10. Chat fine-tuning
+#
+# A base model continues text; after a few thousand conversations it answers. Nothing new is needed for that: a
+# conversation becomes input_ids and labels (section 2), and the loop of section 9 does not ask where its batches come
+# from. What is new is LoRA: instead of a matrix W, train a small correction B A beside it, with so few numbers that
+# neither their gradients nor their moments weigh anything, and one base model can carry many of them.
+# ======================================================================================================================
+
+CHAT_ROWS = 16        # conversations of one optimizer step [C]
+CHAT_TOKENS = 8_192   # a micro-batch holds at most so many tokens, if one conversation does not hold more [C]
+VALIDATION_CHATS = 0.05  # of the conversations, and at most 256 of them [C]
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects of a file with one JSON object a line; empty lines are passed over."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError as error:
+        raise DanubeError(f"{path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise DanubeError(f"{path} is not UTF-8 text: {error}") from error
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            objects += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DanubeError(f"{path}, line {number}, is not JSON ({error}): mend or remove it") from error
+        if objects and not isinstance(objects[-1], dict):
+            raise DanubeError(f"{path}, line {number}, is not a JSON object in braces: mend or remove it")
+    if not objects:
+        raise DanubeError(f"{path} is empty: it should hold JSON objects, one a line")
+    return objects
+
+
+def check_turns(messages: object, fold_system: bool) -> list[dict[str, str]]:
+    """The messages of a conversation that can be learned from: user and assistant in turn, the user first.
+
+    The published template has no place for a system message [R]. With `fold_system` its text, an empty line after it,
+    begins the first user message [C]."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise DanubeError('"messages" must be a list of at least one {"role": .., "content": ..}')
+    if fold_system and messages[0].get("role") == "system" and len(messages) > 1:
+        system, user, *rest = messages
+        messages = [{**user, "content": f"{system.get('content')}\n\n{user.get('content')}"}, *rest]
+    for i, message in enumerate(messages):
+        expected = ("user", "assistant")[i % 2]
+        if message.get("role") == "system":
+            raise DanubeError("System role not supported: remove it, or use --system fold, which puts its text in "
+                              "front of the first user message")
+        if message.get("role") != expected:
+            raise DanubeError(f"message {i + 1} has the role {message.get('role')!r} where {expected!r} must come: "
+                              "user and assistant take turns, the user first")
+    return messages
+
+
+def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
+                       fold_system: bool = False) -> tuple[list[np.ndarray], str]:
+    """Conversations of a jsonl file, each as one array [2, T] of input_ids and labels, and a line that sums them up.
+
+    Each is cut behind its last answer that ends within the context; one that has no such answer is left out.
+    """
+    rows, answers, cut, dropped = [], 0, 0, 0
+    for number, item in enumerate(tqdm(read_jsonl(path), desc="conversations", leave=False, disable=None), start=1):
+        try:
+            row = np.array(render_chat(check_turns(item.get("messages"), fold_system), tokenizer))  # [2, T]
+        except DanubeError as error:
+            raise DanubeError(f"{path}, conversation {number}: {error}") from error
+        ends = np.flatnonzero(row[1] == tokenizer.pieces.eos_id()) + 1  # a </s> with a label ends an answer
+        fitting = ends[ends <= context]
+        if len(fitting):
+            rows.append(row[:, :fitting[-1]])
+        answers, cut, dropped = answers + len(ends), cut + (0 < len(fitting) < len(ends)), dropped + (not len(fitting))
+    if not answers:
+        raise DanubeError(f"{path}: no conversation has an answer to learn from: give the assistant something to say")
+    if not rows:
+        raise DanubeError(f"{path}: no answer ends within the context of {context} tokens: shorten the conversations")
+    tokens, labelled = sum(row.shape[1] for row in rows), sum(int((row[1] != IGNORE).sum()) for row in rows)
+    return rows, (f"{len(rows):,} conversations, {tokens:,} tokens, {labelled:,} of them in answers; {cut:,} cut to "
+                  f"{context:,} tokens, {dropped:,} left out for want of an answer within them")
+
+
+def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Rows [2, T_i] of input_ids and labels as 2 x [N, T], filled up on the right, where no token looks. What is filled
+    up is known by its place, not by its id: that is <unk>, and could be a token like any other."""
+    input_ids = torch.zeros(len(rows), max(row.shape[1] for row in rows), dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE)
+    for i, row in enumerate(rows):
+        input_ids[i, :row.shape[1]], labels[i, :row.shape[1]] = torch.from_numpy(row)
+    return input_ids, labels
+
+
+def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch_size: int, lora: bool) -> Recipe:
+    """One stage an epoch, and constants that are all [C] but one: H2O LLM Studio's default, 1e-4 for adapters. All
+    weights together take a tenth of that, or they forget what they knew; a narrower model can take more. Tokens are
+    counted as if all rows were as long as the longest; what is read in fact is in metrics.jsonl."""
+    longest, batch_size = max(row.shape[1] for row in rows), min(batch_size, len(rows))
+    micro_batches = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
+    stages = tuple(Stage(f"epoch {i + 1}", len(rows) * longest, {"chat": 1}) for i in range(epochs))
+    return Recipe(stages, sequence_length=longest, tokens_per_step=batch_size * longest,
+                  micro_batch_size=max(micro_batches, default=1),
+                  learning_rate=(1e-4 if lora else 1e-5) * 1536 / config.hidden_size, weight_decay=0.0,
+                  warmup_fraction=0.05, save_every=500)
+
+
+class ChatData:
+    """Conversations as batches, in the manner of StagedData, and a few of them, drawn at random, to measure on.
+
+    A step takes the next `rows_per_step` conversations of a shuffled order, which is a new one in each epoch. The
+    longest of them come first, so that rows of like length share a micro-batch.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, config: DanubeConfig, epochs: int = 1,
+                 batch_size: int = CHAT_ROWS, lora: bool = False, fold_system: bool = False) -> None:
+        rows, self.summary = read_conversations(path, tokenizer, config.max_position_embeddings, fold_system)
+        held_out = min(256, math.ceil(VALIDATION_CHATS * len(rows)))
+        if len(rows) == held_out:
+            raise DanubeError(f"{path}: one conversation is too few: one more is needed to measure the loss on")
+        rows = [rows[shuffled(i, len(rows), "split")] for i in range(len(rows))]
+        self.held_out, self.rows = rows[:held_out], rows[held_out:]
+        self.identity = {path.name: file_sha256(path), "fold_system": fold_system}
+        self.recipe = chat_recipe(config, self.rows, epochs, batch_size, lora)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """input_ids and labels of one optimizer step, 2 x [rows, T]."""
+        size, first = len(self.rows), step * self.recipe.rows_per_step
+        places = [divmod(first + i, size) for i in range(self.recipe.rows_per_step)]  # (epoch, place in it)
+        rows = [self.rows[shuffled(place, size, f"{self.recipe.seed}/chat/{epoch}")] for epoch, place in places]
+        return pad_rows(sorted(rows, key=lambda row: -row.shape[1]))
+
+    def validation_rows(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"chat": pad_rows(sorted(self.held_out, key=lambda row: -row.shape[1]))}
+
+
+LORA_ALPHA = 16  # the correction's scale is alpha / rank: H2O LLM Studio's default, with which Danube3 was tuned
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / r) B A x, with A [r, in] and B [out, r] trained and W frozen (arXiv 2106.09685).
+
+    B begins at zero, so that the model begins as it was. A and B are fp32 whatever W is: an update is often smaller
+    than the gap between two bf16 numbers.
+    """
+
+    def __init__(self, base_layer: nn.Module, rank: int, alpha: float = LORA_ALPHA) -> None:
+        super().__init__()
+        self.base_layer, self.scale, device = base_layer, alpha / rank, base_layer.weight.device
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, device=device)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
+        y = self.base_layer(x)
+        return y + (self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))).to(y.dtype)
+
+
+def layer_linears(model: Danube3) -> dict[str, nn.Module]:
+    """The matrices of all layers, by name: model.layers.0.self_attn.q_proj and so on; not embedding and head."""
+    blocks = {f"model.layers.{i}.{part}": getattr(layer, part)
+              for i, layer in enumerate(model.model.layers) for part in ("self_attn", "mlp")}
+    return {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in module.named_children()}
+
+
+def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
+    """Freeze the model and put an adapter beside each matrix of its layers. A is normal, with outputs of the size of
+    its inputs; B zero."""
+    smallest = min(model.config.hidden_size, model.config.num_key_value_heads * model.config.head_dim)
+    if not 1 <= rank <= smallest:
+        raise DanubeError(f"--lora {rank}: the rank must be from 1 to {smallest}, the size of the smallest matrix")
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, nn.Embedding)):
+            module.float()  # and with them the stream between the layers, whatever type the matrices have
+    generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
+    for name, linear in layer_linears(model).items():
+        lora = LoRALinear(linear, rank)
+        nn.init.normal_(lora.lora_A.weight, std=linear.in_features ** -0.5, generator=generator)
+        nn.init.zeros_(lora.lora_B.weight)
+        model.set_submodule(name, lora)
+    return model
+
+
+def merge_lora(model: Danube3) -> Danube3:
+    """Add every adapter to the matrix it stands beside, in place."""
+    for name, lora in layer_linears(model).items():
+        if isinstance(lora, LoRALinear):
+            weight = lora.base_layer.weight
+            change = lora.scale * (lora.lora_B.weight @ lora.lora_A.weight)  # [out, r] @ [r, in] -> [out, in]
+            lora.base_layer.weight = nn.Parameter((weight.to(change.dtype) + change).to(weight.dtype).detach())
+            model.set_submodule(name, lora.base_layer)
+    return model
+
+
+PEFT_PREFIX = "base_model.model."  # in front of a tensor's name in a file that peft writes
+
+
+def save_adapter(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: dict | None = None,
+                 dtype: torch.dtype = torch.float32, *, base: Path) -> None:
+    """Write the adapters alone, in fp32 and in the layout of the package peft; `base` is the folder they belong to,
+    and holds the rest."""
+    adapters = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    linears = [linear for linear in layer_linears(model).values() if isinstance(linear, LoRALinear)]
+    rank, scale = linears[0].lora_A.out_features, linears[0].scale
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.resolve()), "r": rank,
+              "lora_alpha": scale * rank, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+              "target_modules": sorted({name.split(".")[-3] for name in adapters})}
+    with atomic_folder(folder) as partial:
+        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tensors(partial, "adapter_model.safetensors",
+                      {PEFT_PREFIX + name: weight for name, weight in adapters.items()}, trainer)
+
+
+def load_adapter(model: Danube3, folder: Path) -> Danube3:
+    """Put the adapters of a folder beside the matrices they were made for."""
+    config, linears = read_json(folder / "adapter_config.json"), layer_linears(model)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+                   if config.get(name)]
+    if config.get("peft_type") != "LORA" or unsupported or not isinstance(rank, int) or rank < 1 or not alpha:
+        reason = ", ".join(unsupported) or "its peft_type, r or lora_alpha"
+        raise DanubeError(f"{folder / 'adapter_config.json'} is no plain LoRA, for {reason}: only that can be read")
+    weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_tensors(folder / "adapter_model.safetensors")}
+    for name in {name.rpartition(".lora_")[0] for name in weights} & linears.keys():
+        model.set_submodule(name, LoRALinear(linears[name], rank, alpha))
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if ".lora_" in name}
+    if expected != {name: tuple(weight.shape) for name, weight in weights.items()}:
+        raise DanubeError(f"{folder / 'adapter_model.safetensors'} does not fit the model it names as its base: copy "
+                          "both again")
+    model.load_state_dict(weights, strict=False)
+    return model
 
 
 # ======================================================================================================================
@@ -1381,18 +1686,6 @@ def plot_curves(out: Path, recipe: Recipe) -> Path | None:
 #
 # A language model answers a multiple-choice question by saying how likely each answer is as a continuation.
 # ======================================================================================================================
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except FileNotFoundError as error:
-        raise DanubeError(f"{path} does not exist") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DanubeError(f"{path} is not JSON, one object a line: {error}") from error
-    if not lines or not all(isinstance(line, dict) for line in lines):
-        raise DanubeError(f"{path} must hold JSON objects, at least one, one a line")
-    return lines
-
 
 @torch.no_grad()
 def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]], batch_size: int = 64) -> list[float]:
@@ -1438,9 +1731,42 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     return picks
 
 
+def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64,
+                 batch_size: int = 64) -> list[tuple[str, bool]]:
+    """The model's likeliest answer to each conversation, word by word, and whether it ended it by itself."""
+    prompts = [render_chat(messages, tokenizer, add_generation_prompt=True)[0] for messages in conversations]
+    answers, eos = {}, model.config.eos_token_id
+    for length in sorted(set(map(len, prompts))):  # prompts of one length form a batch that needs no padding
+        same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        for picks in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
+            input_ids = torch.tensor([prompts[i] for i in picks], device=model.lm_head.weight.device)
+            for i, ids in zip(picks, generate(model, input_ids, max_new_tokens).tolist()):
+                end = ids.index(eos, length) if eos in ids[length:] else len(ids)
+                prompt_text = tokenizer.decode(ids[:length])
+                answers[i] = tokenizer.decode(ids[:end])[len(prompt_text):], end < len(ids)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def answer_chat_quiz(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> str:
+    """Answer {"messages", "answer"} questions in free text: right is an answer that holds the given one, as words."""
+    for number, question in enumerate(questions, start=1):
+        if not isinstance(question.get("messages"), list) or not isinstance(question.get("answer"), str):
+            raise DanubeError(f'question {number} lacks "messages", or an "answer" that is text')
+    answers, right = free_answers(model, tokenizer, [question["messages"] for question in questions]), {}
+    for question, (text, _) in zip(questions, answers):
+        turn = (len(question["messages"]) + 1) // 2
+        found = re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", text)
+        right.setdefault(turn, []).append(bool(found))
+    scores = ", ".join(f"{sum(each)} of {len(each)} right in turn {turn} ({sum(each) / len(each):.1%})"
+                       for turn, each in sorted(right.items()))
+    return f"{scores}; {sum(ended for _, ended in answers) / len(answers):.1%} of the answers end by themselves"
+
+
 def answer_quiz(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> str:
     """Answer a file of questions with known answers, and say how many were right and how many a guess would get."""
     questions = read_jsonl(path)
+    if "messages" in questions[0]:
+        return answer_chat_quiz(model, tokenizer, questions)
     picks, chance = multiple_choice(model, tokenizer, questions), 0.0
     for number, question in enumerate(questions, start=1):
         if question.get("answer") not in range(len(question["choices"])):
@@ -1453,7 +1779,120 @@ def answer_quiz(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> str:
 
 # ======================================================================================================================
 # 13. Command line: what the programs beside this file share
+#
+# A folder of any kind opened by one function, a conversation at the keyboard, and errors in one line.
 # ======================================================================================================================
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
+                    dtype: torch.dtype | None = None) -> tuple[Danube3, Tokenizer]:
+    """Model, in eval mode and in `dtype` (default: as stored), and tokenizer of a checkpoint, run or published folder,
+    or of a folder of adapters, which names its base."""
+    folder = find_checkpoint(path)
+    verify_digests(folder)
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
+            raise DanubeError(f"{folder} holds adapters to {base}, which is no checkpoint: put its folder back there")
+        model, tokenizer = load_checkpoint(base, device, dtype)
+        return load_adapter(model, folder).eval(), tokenizer
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Danube3(config)
+    load_weights(model, folder, device, dtype)
+    return model.eval(), read_tokenizer(folder, config)
+
+
+def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData, out: Path, quiz: Path) -> None:
+    """What a run has come to: curves, a few words from a model that continues text, and the quiz where there is one."""
+    if curves := plot_curves(out, data.recipe):
+        print(f"curves in {curves}")
+    prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.lm_head.weight.device)
+    for seed in range(2) if isinstance(data, StagedData) else ():
+        ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
+        print(f"--- a sample\n{tokenizer.decode(ids)}")
+    if quiz.is_file():
+        print(f"--- quiz on facts it was never asked about: {answer_quiz(model, tokenizer, quiz)}")
+
+
+class Conversation:
+    """A dialogue with a model, of which the newest exchanges are remembered, as many as the context holds.
+
+    Kept as ids, exactly those that the model read and wrote, so that the cache of one answer serves the next.
+    """
+
+    def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: float | None) -> None:
+        self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
+        self.exchanges: list[list[int]] = []          # ids of a question and its answer
+        self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
+        context, weight = model.config.max_position_embeddings, model.lm_head.weight
+        self.room = context - min(max_new_tokens, context // 4)  # for the dialogue up to the answer
+        self.kv_cache = KVCache(model.config, 1, context, weight.dtype, weight.device)
+
+    def reset(self) -> None:
+        self.exchanges, self.messages, self.kv_cache.length = [], [], 0
+
+    def ask(self, text: str) -> tuple[list[int], int]:
+        """Make room for a question. -> its ids, and how many of the oldest exchanges had to be forgotten"""
+        message, forgotten = {"role": "user", "content": text}, 0
+        ids, _ = render_chat([message], self.tokenizer, add_generation_prompt=True)
+        if len(ids) > self.room:
+            raise DanubeError(f"that is {len(ids):,} tokens, and {self.room:,} fit: shorten it")
+        while sum(map(len, self.exchanges)) + len(ids) > self.room:
+            del self.exchanges[0]
+            self.kv_cache.length, forgotten = 0, forgotten + 1
+        self.messages.append(message)
+        return ids, forgotten
+
+    def answer(self, question: list[int]) -> Iterator[str]:
+        """The answer piece by piece. However it ends, also if it is interrupted, it becomes part of the dialogue."""
+        ids, eos, new, pieces = [*sum(self.exchanges, []), *question], self.model.config.eos_token_id, [], []
+        decoder = StreamDecoder(self.tokenizer, ids)
+        input_ids = torch.tensor([ids], device=self.model.lm_head.weight.device)
+        try:
+            for next_ids in generate_tokens(self.model, input_ids, self.max_new_tokens, **self.sampling,
+                                            kv_cache=self.kv_cache):
+                new.append(next_ids.item())
+                pieces.append(decoder.feed(new[-1]))
+                yield pieces[-1]
+            pieces.append(decoder.finish())
+            yield pieces[-1]
+        finally:
+            self.exchanges.append([*question, *new] + [eos] * (new[-1:] != [eos]))
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def talk(conversation: Conversation) -> None:
+    """Read questions from standard input, one a line, and print the answers."""
+    interactive = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="replace")
+    if interactive:
+        print("/reset begins anew, /save FILE adds the conversation to a file, Ctrl-C stops an answer, Ctrl-D leaves")
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+            command, _, name = line.partition(" ")
+            if command == "/reset":
+                conversation.reset()
+            elif command == "/save":
+                with open(name.strip(), "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"messages": conversation.messages}) + "\n")
+            elif line:
+                question, forgotten = conversation.ask(line)
+                if forgotten:
+                    print(f"(the context is full: the oldest {forgotten} exchanges are forgotten)", file=sys.stderr)
+                with contextlib.closing(conversation.answer(question)) as pieces:
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+                print()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+        except (DanubeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+
 
 class Arguments(argparse.ArgumentParser):
     """argparse with defaults in --help and errors in one line."""
@@ -1477,6 +1916,13 @@ def token_count(text: str) -> int:
     if count.denominator != 1 or not 0 < count < 2 ** 60:
         raise argparse.ArgumentTypeError(f"{text!r} is no token count: write 200k, 1.5M, 10B or 4T")
     return int(count)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not re.fullmatch(r"0*[1-9]\d{0,17}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1,4 +1,4 @@
-"""Let Danube3 speak, `python sample.py out/toy "Once upon a time"`, or answer a quiz: `--eval data/toy/quiz.jsonl`."""
+"""Let Danube3 speak, `python sample.py out/toy "Once upon a time"`, talk with it, or have it answer a quiz."""
 
 import sys
 
@@ -18,10 +18,11 @@ def arguments():
     parser.add_argument("--seed", type=int, help="of the choice: same seed, same text [a new one each time]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=list(danube3.DTYPES), help="type of the weights [as stored]")
-    parser.add_argument("--eval", metavar="JSONL", help="answer the multiple-choice questions of this file instead")
+    parser.add_argument("--chat", action="store_true", help="talk: each line of standard input is a question")
+    parser.add_argument("--eval", metavar="JSONL", help="answer the questions of this file and count the right answers")
     args = parser.parse_args()
-    if args.eval and args.prompt:
-        raise danube3.DanubeError("a prompt and --eval cannot go together: leave one out")
+    if bool(args.eval) + bool(args.prompt) + args.chat > 1:
+        parser.error("a prompt, --chat and --eval cannot go together: choose one")
     if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens >= 1):
         raise danube3.DanubeError("use --temperature and --top-k of 0 or more, --top-p above 0 and at most 1, "
                                   "--max-new-tokens of 1 or more")
@@ -37,12 +38,15 @@ def main():
     if args.eval:
         print(danube3.answer_quiz(model, tokenizer, args.eval))
         return
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    if args.chat:
+        danube3.talk(danube3.Conversation(model, tokenizer, args.max_new_tokens, **sampling))
+        return
     prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if args.prompt == "-" else args.prompt
     ids = tokenizer.encode_prompt(prompt) or [model.config.bos_token_id]
     print(prompt, end="", flush=True)
     decoder, count, ended = danube3.StreamDecoder(tokenizer, ids), len(ids), False
-    for next_ids in danube3.generate_tokens(model, torch.tensor([ids], device=device), args.max_new_tokens,
-                                            args.temperature, args.top_k, args.top_p, args.seed):
+    for next_ids in danube3.generate_tokens(model, torch.tensor([ids], device=device), args.max_new_tokens, **sampling):
         count, ended = count + 1, next_ids.item() == model.config.eos_token_id
         if not ended:
             print(decoder.feed(next_ids.item()), end="", flush=True)

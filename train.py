@@ -1,9 +1,9 @@
-"""Train a Danube3: `python train.py` makes a toy world and a model that speaks of it; see --help for the rest."""
+"""Train a Danube3: `python train.py` makes a toy world and a model that speaks of it; --chat teaches it to answer."""
 
+import functools
 import shlex
-import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,73 +13,97 @@ from data import toy
 
 
 def arguments():
-    parser = danube3.Arguments(__doc__)
-    parser.add_argument("--config", choices=list(danube3.CONFIGS), default="toy", help="which model")
-    parser.add_argument("--data", type=Path, help="folder of token shards [data/toy for the toy, which makes it]")
-    parser.add_argument("--out", type=Path, help="run folder [out/<config>]")
+    parser, tokens, count = danube3.Arguments(__doc__), danube3.token_count, danube3.positive
+    parser.add_argument("--init", help="start from the weights of this checkpoint, run or published folder")
+    parser.add_argument("--out", type=Path, help="run folder [out/<config>; with --chat out/<init>-chat]")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and stop")
-    tokens = danube3.token_count
-    parser.add_argument("--tokens", type=tokens, help="200k, 10B: training tokens, stages in proportion [the recipe's]")
-    parser.add_argument("--tokens-per-step", type=tokens, help="tokens of one optimizer step [the recipe's]")
-    parser.add_argument("--micro-batch-size", type=int, help="rows at once: memory, not the result [the recipe's]")
+    parser.add_argument("--micro-batch-size", type=count, help="rows at once: memory, not the result [the recipe's]")
     parser.add_argument("--learning-rate", type=float, help="its peak [the recipe's]")
-    parser.add_argument("--save-every", type=int, help="steps between checkpoints [the recipe's]")
+    parser.add_argument("--save-every", type=count, help="steps between checkpoints [the recipe's]")
     parser.add_argument("--seed", type=int, help="of the initial weights and the order of the data [the recipe's]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--compile", action="store_true", help="compile the model first (a CPU needs a C++ compiler)")
-    return parser.parse_args()
+    stages = parser.add_argument_group("pre-training")
+    stages.add_argument("--config", choices=list(danube3.CONFIGS), help="which model [toy]")
+    stages.add_argument("--data", type=Path, help="folder of token shards [data/<config>; the toy makes its own]")
+    stages.add_argument("--tokens", type=tokens, help="200k, 10B: training tokens, stages in proportion [the recipe's]")
+    stages.add_argument("--tokens-per-step", type=tokens, help="tokens of one optimizer step [the recipe's]")
+    chat = parser.add_argument_group("chat fine-tuning")
+    chat.add_argument("--chat", type=Path, metavar="JSONL", help='{"messages": [..]}, one conversation a line')
+    chat.add_argument("--epochs", type=count, help="how often each conversation is read [1]")
+    chat.add_argument("--batch-size", type=count, help=f"conversations of one optimizer step [{danube3.CHAT_ROWS}]")
+    chat.add_argument("--lora", type=count, metavar="RANK", help="train adapters of this rank instead of all weights")
+    chat.add_argument("--merge", type=Path, metavar="FOLDER", help="at the end, write base and adapters as one model")
+    chat.add_argument("--system", choices=["fold"], help="put system messages in front of the first user message")
+    args = parser.parse_args()
+    for action in (stages if args.chat else chat)._group_actions:
+        if getattr(args, action.dest) is not None:
+            parser.error(f"{action.option_strings[0]} {'cannot go together with' if args.chat else 'needs'} --chat")
+    if args.chat and not args.init or args.merge and not args.lora:
+        parser.error("--merge needs --lora" if args.init else "--chat needs --init, the model to start from")
+    return args
+
+
+def adjusted(recipe, args):
+    """The recipe with what the command line says otherwise."""
+    names = ("tokens_per_step", "micro_batch_size", "learning_rate", "save_every", "seed")
+    return replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+
+
+def pretraining(args, base):
+    """-> model, tokenizer, data"""
+    name = args.config or "toy"
+    config, recipe = danube3.CONFIGS[name], adjusted(danube3.RECIPES[name], args)
+    recipe, folder = recipe.scaled_to(args.tokens) if args.tokens else recipe, args.data or Path("data", name)
+    if args.dry_run:
+        sys.exit(print(danube3.describe_run(config, recipe)))
+    if name == "toy" and not args.data and not folder.exists():
+        toy.make(folder)
+    data = danube3.TokenData(folder, config, recipe.sequence_length)
+    batches, model = danube3.StagedData(data, recipe), danube3.Danube3(config).init_weights(recipe.seed)
+    if base:
+        model, tokenizer = danube3.load_checkpoint(base, dtype=torch.float32)
+        if model.config != config or tokenizer.sha256 != data.tokenizer.sha256:
+            raise danube3.DanubeError(f"--init {base} is no {name} with the tokenizer of {folder}: choose another")
+    return model, data.tokenizer, batches
+
+
+def chat(args, base, device):
+    """-> model, tokenizer, data"""
+    if args.lora and (base / "adapter_config.json").is_file():
+        raise danube3.DanubeError(f"{base} is a folder of adapters: --lora needs a whole model (--merge wrote one)")
+    dtype = danube3.compute_dtype(device) if args.lora else torch.float32
+    model, tokenizer = danube3.load_checkpoint(base, dtype=dtype)
+    data = danube3.ChatData(args.chat, tokenizer, model.config, args.epochs or 1, args.batch_size or danube3.CHAT_ROWS,
+                            bool(args.lora), bool(args.system))
+    data.recipe = adjusted(data.recipe, args)
+    print(data.summary)
+    if args.dry_run:
+        sys.exit(print(danube3.describe_run(model.config, data.recipe)))
+    model = danube3.add_lora(model, args.lora, data.recipe.seed) if args.lora else danube3.merge_lora(model)
+    return model, tokenizer, data
 
 
 def main():
     args = arguments()
-    config, recipe = danube3.CONFIGS[args.config], danube3.RECIPES[args.config]
-    names = ("tokens_per_step", "micro_batch_size", "learning_rate", "save_every", "seed")
-    recipe = replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-    if args.tokens:
-        recipe = recipe.scaled_to(args.tokens)
-    data_folder, out = args.data or Path("data") / args.config, args.out or Path("out") / args.config
-    if args.dry_run:
-        print(danube3.describe_run(config, recipe))
-        return 0
     device = danube3.pick_device(args.device)
-    if args.config == "toy" and not args.data and not data_folder.exists():
-        toy.make(data_folder)
-    if not (data_folder / "meta.json").is_file():
-        print(danube3.describe_run(config, recipe))
-    data = danube3.TokenData(data_folder, config, recipe.sequence_length)
-    batches = danube3.StagedData(data, recipe)
-    model = danube3.Danube3(config).init_weights(recipe.seed).to(device)
-    if args.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("cl")):
-        print("no C++ compiler found: going on without --compile", file=sys.stderr)
-    elif args.compile:
-        model.compile()
-    identity = {"configuration": asdict(config), "recipe": asdict(recipe), "data": {"meta.json": data.sha256}}
-    for name in ("save_every", "micro_batch_size"):  # free to change when a run goes on
-        del identity["recipe"][name]
-    dtype = str(danube3.compute_dtype(device)).removeprefix("torch.")
-    print(f"{args.config}: {danube3.count_parameters(config):,} parameters, {recipe.total_steps:,} steps of "
-          f"{recipe.tokens_per_step:,} tokens on {device.type} in {dtype}")
-    run = danube3.Run(out, model, data.tokenizer, danube3.make_optimizer(model, recipe), identity, args.resume)
-    finished = danube3.train(run, batches, lambda: danube3.validation_losses(model, data, recipe))
-    if not finished:
+    base = danube3.find_checkpoint(args.init) if args.init else None
+    model, tokenizer, data = chat(args, base, device) if args.chat else pretraining(args, base)
+    model.to(device).train()
+    if args.compile:
+        danube3.compile_model(model)
+    out = args.out or Path("out", f"{Path(args.init).name}-chat" if args.chat else args.config or "toy")
+    write = functools.partial(danube3.save_adapter, base=base) if args.lora else danube3.save_checkpoint
+    if not danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write)):
         again = [word for word in sys.argv[1:] if word != "--resume"]
         print(f"interrupted, and saved; go on with: python train.py {shlex.join([*again, '--resume'])}")
         return 130
-    report(model.eval(), data, recipe, out)
-
-
-def report(model, data, recipe, out):
-    """What the run has come to: curves, a few words from the model, and the quiz where the data has one."""
-    if curves := danube3.plot_curves(out, recipe):
-        print(f"curves in {curves}")
-    prompt = torch.tensor([data.tokenizer.encode_prompt("")], device=model.lm_head.weight.device)
-    for seed in range(2):
-        ids = danube3.generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
-        print(f"--- a sample\n{data.tokenizer.decode(ids)}")
-    if (quiz := data.folder / "quiz.jsonl").is_file():
-        print(f"--- quiz on facts it was never asked about: {danube3.answer_quiz(model, data.tokenizer, quiz)}")
-    print(f"try: python sample.py {out} \"Once upon a time\"")
+    if args.merge:
+        danube3.save_checkpoint(args.merge, danube3.merge_lora(model), tokenizer)
+    folder = args.chat.parent if args.chat else data.data.folder
+    danube3.report_run(model.eval(), tokenizer, data, out, folder / ("chat-quiz.jsonl" if args.chat else "quiz.jsonl"))
+    print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))
 
 
 if __name__ == "__main__":

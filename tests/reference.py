@@ -432,3 +432,19 @@ def train_steps(weights, batches, config, *, total_steps, warmup_steps, peak, mi
                 weight, grads[name], m[name], v[name], step + 1, lr, beta1, beta2, eps, decay)
         weights = updated
     return weights, losses, norms
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+def lora_linear(x, W, A, B, alpha):
+    """y = x W^T + (alpha / r) x A^T B^T: x [.., in], W [out, in], A [r, in], B [out, r] -> [.., out]"""
+    return x @ W.T + alpha / len(A) * (x @ A.T @ B.T)
+
+
+def lora_linear_backward(grad, x, W, A, B, alpha):
+    """With s = alpha / r and grad the gradient of y [.., out]: y depends on A through x A^T B^T s. Written with rows
+    n over all leading dimensions, y_no = sum_i W_oi x_ni + s sum_ri B_or A_ri x_ni, so
+    dA_ri = s sum_no grad_no B_or x_ni, dB_or = s sum_n grad_no (x A^T)_nr, dx = grad (W + s B A). W is frozen."""
+    s, rows, grads = alpha / len(A), x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    dA = s * (grads @ B).T @ rows  # [r, in]
+    dB = s * grads.T @ (rows @ A.T)  # [out, r]
+    return grad @ (W + s * B @ A), dA, dB

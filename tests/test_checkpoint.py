@@ -1,6 +1,5 @@
 """Checkpoints: opened by transformers, opened from transformers, whole or absent, and every kind of damage named."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -8,7 +7,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, call, one_line_error, random_model, transformers_model
+from conftest import TINY, NoData, call, one_line_error, random_model, transformers_model
 
 import danube3
 
@@ -190,10 +189,8 @@ def test_trainer_state_runs_no_code(tmp_path, tokenizer):
     folder = tmp_path / "run" / "step-0000003"
     danube3.save_checkpoint(folder, random_model(TINY), tokenizer)
     torch.save({"step": Hostile()}, folder / "trainer.pt")
-    model = danube3.Danube3(TINY)
-    recipe = dataclasses.replace(danube3.RECIPES["toy"])
     with pytest.raises(danube3.DanubeError, match="trainer.pt is damaged"):
-        danube3.Run(tmp_path / "run", model, tokenizer, danube3.make_optimizer(model, recipe), {}, resume=True)
+        danube3.Run(tmp_path / "run", danube3.Danube3(TINY), tokenizer, NoData(), resume=True)
     assert not (tmp_path / "owned").exists()
 
 
@@ -287,28 +284,23 @@ def test_multiple_choice_by_hand(saved):
 def test_metrics_that_were_damaged(line, tmp_path, tokenizer):
     """What cannot be read, and all after it, is forgotten on resume."""
     model, out = random_model(TINY), tmp_path
-    optimizer = danube3.make_optimizer(model, danube3.RECIPES["toy"])
-    run = danube3.Run(out, model, tokenizer, optimizer, {}, resume=False)
+    run = danube3.Run(out, model, tokenizer, NoData(), resume=False)
     run.write(step=1, loss=2.0)
     run.step = 2
     run.save()
     with open(out / "metrics.jsonl", "a", errors="surrogateescape") as file:
         file.write(f"{line}\n" if line != '{"step": 1, "lo' else line)
-    danube3.Run(out, model, tokenizer, optimizer, {}, resume=True).write(step=3, loss=1.0)
+    danube3.Run(out, model, tokenizer, NoData(), resume=True).write(step=3, loss=1.0)
     assert [json.loads(text)["step"] for text in (out / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 
 @pytest.mark.parametrize("change", [{"optimizer": 5}, {"step": "x"}, {"identity": 5}, {"master_weights": 5}])
 def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
-    model = random_model(TINY)
-    optimizer = danube3.make_optimizer(model, danube3.RECIPES["toy"])
-    state = {
-        "step": 1,
-        "skipped": 0,
-        "identity": {"recipe": {"seed": 0}},
-        "optimizer": optimizer.state_dict(),
-        **change,
-    }
-    danube3.save_checkpoint(tmp_path / "step-0000001", model, tokenizer, state)
+    run = danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=False)
+    run.step = 1
+    run.save()
+    danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=True)
+    state = torch.load(tmp_path / "whole" / "step-0000001" / "trainer.pt", weights_only=True)
+    danube3.save_checkpoint(tmp_path / "run" / "step-0000001", run.model, tokenizer, {**state, **change})
     with pytest.raises(danube3.DanubeError, match="trainer.pt is damaged"):
-        danube3.Run(tmp_path, model, tokenizer, optimizer, {"recipe": {"seed": 0}}, resume=True)
+        danube3.Run(tmp_path / "run", run.model, tokenizer, NoData(), resume=True)

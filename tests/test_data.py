@@ -202,6 +202,8 @@ def damage(folder, how):
         shard.write_bytes(shard.read_bytes()[:-1])
     elif how == "foreign ids":
         shard.write_bytes(np.full(shard.stat().st_size // 2, 60_000, dtype="<u2").tobytes())
+    elif how == "one id too many":
+        shard.write_bytes(np.full(shard.stat().st_size // 2, TINY.vocab_size, dtype="<u2").tobytes())
     elif how == "no meta":
         (folder / "meta.json").unlink()
     elif how == "broken meta":
@@ -224,6 +226,7 @@ def damage(folder, how):
         ("truncated shard", "b-train-00001.bin has .* bytes"),
         ("odd shard", "b-train-00001.bin has .* bytes"),
         ("foreign ids", "b-train-00001.bin holds token id 60000, outside the vocabulary"),
+        ("one id too many", "b-train-00001.bin holds token id 330, outside the vocabulary"),
         ("no meta", "no data at"),
         ("broken meta", "meta.json cannot be read as JSON"),
         ("no source", "source 'b', but .* only a, c"),
@@ -258,6 +261,8 @@ def test_meta_of_the_wrong_shape(folder, sources):
 def test_shuffled_never_changes():
     """Recorded from our own first version: a run must find its windows again with any later one."""
     assert [danube3.shuffled(i, 10, "0/web/0") for i in range(10)] == [5, 9, 6, 3, 7, 4, 0, 2, 8, 1]
+    square = [5, 11, 6, 3, 14, 4, 13, 12, 15, 1, 0, 9, 2, 10, 7, 8]
+    assert [danube3.shuffled(i, 16, "0/web/0") for i in range(16)] == square
     assert [danube3.shuffled(i, 10**9, "7/web/3") for i in range(3)] == [459083794, 5971220, 50517585]
 
 

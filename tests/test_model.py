@@ -106,6 +106,11 @@ def test_loss_in_blocks_is_the_loss(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+def test_cache_holds_what_it_must_and_no_more():
+    cache = danube3.KVCache(TINY, 3, 20, torch.float32, torch.device("cpu"))
+    assert cache.kv.shape == (2, 2, 3, 2, 20, 6)
+
+
 def test_initial_weights():
     config = danube3.CONFIGS["toy"]
     model, again = (danube3.Danube3(config).init_weights(5) for _ in range(2))
@@ -117,6 +122,7 @@ def test_initial_weights():
             ), name
         else:
             assert torch.equal(p, torch.ones_like(p))
+    assert torch.equal(random_model(TINY).init_weights(0).model.norm.weight, torch.ones(TINY.hidden_size))
     assert not torch.equal(model.lm_head.weight, danube3.Danube3(config).init_weights(6).lm_head.weight)
     loss = model(ids := torch.randint(0, 1024, (4, 64)), ids).item() / (4 * 63)
     assert abs(loss - 6.93) < 0.4  # ln 1024: it knows nothing
@@ -158,6 +164,21 @@ def test_sampling_at_temperature_one():
     expected = danube3.next_token_probabilities(model(ids[:1])[:, -1], 1.0)[0]
     counts = torch.bincount(first, minlength=TINY.vocab_size) / 2000
     assert len(first.unique()) > 3 and (counts - expected).abs().max() < 0.05
+
+
+def test_top_p_keeps_no_more_than_it_must():
+    """Four equal tokens, p = 1/2: two reach it. The first of equals come first."""
+    halves = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
+    assert torch.equal(danube3.next_token_probabilities(torch.zeros(1, 4), 1.0, top_p=0.5), halves)
+
+
+def test_sampling_defaults_cut_nothing():
+    model, ids = random_model(TINY), torch.randint(3, 330, (4, 6))
+    plain = danube3.generate(model, ids, 12, temperature=1.0, seed=3)
+    assert torch.equal(plain, danube3.generate(model, ids, 12, temperature=1.0, top_k=0, top_p=1.0, seed=3))
+    tokens = list(danube3.generate_tokens(model, ids, 12, temperature=1.0, seed=3))
+    assert torch.equal(plain[:, 6:], torch.stack(tokens, dim=1))
+    assert not torch.equal(plain, danube3.generate(model, ids, 12, temperature=1.0, top_k=1, seed=3))
 
 
 def test_generation_stops():

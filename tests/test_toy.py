@@ -116,11 +116,10 @@ def test_held_out_facts_are_never_asked(world, toy_data):
             attribute = next(a.name for a in toy.ATTRIBUTES if answer in a.values)
             assert person.facts[attribute] == answer and (person.name, attribute) not in held_out
             asked.add((person.name, attribute))
-    assert len(asked) == 4 * 18 and patterns
         for talk in re.findall(r"(?:(?:User|Assistant): .*\n?)+", text):
             roles = {"User": "user", "Assistant": "assistant"}
             told.append([{"role": roles[who], "content": what} for who, what in re.findall(r"(\w+): (.*)", talk)])
-    assert len(told) > 3000
+    assert len(asked) == 4 * 18 and patterns and len(told) > 3000
     told += [json.loads(line)["messages"] for line in (toy_data / "chat.jsonl").read_text().splitlines()]
     for messages in told:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
