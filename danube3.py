@@ -15,6 +15,7 @@ step. This file is all of it, to be read from top to bottom; nothing is used bef
      9  Training            one loop
     10  Chat fine-tuning    conversations as batches; LoRA
     11  Evaluation          multiple choice by likelihood, questions answered in free text
+    12  Quantization        int8, int4, GPTQ; GGUF files
     13  Command line        opening any folder, talking, and what train.py and sample.py share
 
 The letters in every shape comment:
@@ -26,7 +27,7 @@ The letters in every shape comment:
 (F is also the usual name of torch.nn.functional in code; N and n in a shape are "any number of them".)
 
 Facts carry their source: [R] is the report, its model cards or published configuration files; [C] is our own choice,
-made because nothing was published. Section 12 (quantization) is not written yet.
+made because nothing was published.
 """
 
 import argparse
@@ -592,9 +593,18 @@ class Danube3(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # untied from embed_tokens [R]
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stream between the layers, and of the cache: the norms' own, since matrices may be quantized."""
+        return self.model.norm.weight.dtype
+
     def init_weights(self, seed: int) -> "Danube3":
         """Every matrix normal with the configuration's standard deviation, every norm gain one."""
-        generator = torch.Generator(device=self.lm_head.weight.device).manual_seed(seed)
+        generator = torch.Generator(device=self.device).manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
@@ -671,7 +681,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     generator = torch.Generator(device=input_ids.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     length = min(T + max_new_tokens, context)
-    kv_cache = kv_cache or KVCache(model.config, B, length, model.lm_head.weight.dtype, input_ids.device)
+    kv_cache = kv_cache or KVCache(model.config, B, length, model.dtype, input_ids.device)
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for _ in range(length - T):
@@ -777,7 +787,7 @@ def read_config(folder: Path) -> DanubeConfig:
     if raw.get("model_type") != "llama":
         raise DanubeError(f"{folder}: model_type is {raw.get('model_type')!r}: only Llama folders can be read")
     expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-                "partial_rotary_factor": 1.0, "quantization_config": None}
+                "partial_rotary_factor": 1.0}
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # newer and older transformers
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     unsupported = [f"{name} = {raw[name]!r}" for name, value in expected.items() if raw.get(name, value) != value]
@@ -798,13 +808,14 @@ def read_config(folder: Path) -> DanubeConfig:
     return DanubeConfig(**values)
 
 
-def write_config(folder: Path, config: DanubeConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-    """The small files of a checkpoint: configuration, tokenizer with its chat template, generation defaults."""
+def write_config(folder: Path, config: DanubeConfig, tokenizer: Tokenizer, dtype: torch.dtype, **more: object) -> None:
+    """The small files of a checkpoint: configuration (with `more` in it), tokenizer with its chat template, generation
+    defaults."""
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files = {
         "config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **asdict(config),
                         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-                        "torch_dtype": str(dtype).removeprefix("torch.")},
+                        "torch_dtype": str(dtype).removeprefix("torch."), **more},
         "generation_config.json": ids,
         "tokenizer_config.json": {
             "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tokenizer.add_bos,
@@ -893,21 +904,25 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     return tokenizer
 
 
-def load_weights(model: Danube3, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
+def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
     """Fill a model without memory of its own (on torch's "meta" device) with the tensors of a folder, one by one, so
-    that loading needs the size of the weights once. In `dtype`, or as the first of them is stored."""
-    expected, weights = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}, {}
+    that loading needs the size of the weights once. Weights in `dtype`, or as the first of them is stored; what is
+    not called a weight (codes and scales of section 12) as it is."""
+    expected, weights = dict(model.state_dict()), {}
     for name, weight in read_weights(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
             continue
-        if expected.get(name) != tuple(weight.shape):
-            raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, "
-                              f"{expected.get(name)}: copy both files again")
-        if weight.dtype not in DTYPES.values():
-            raise DanubeError(f"{folder}: {name} is stored as {weight.dtype}: only {', '.join(DTYPES)} can be read")
-        dtype = dtype or weight.dtype
+        if name not in expected or expected[name].shape != weight.shape:
+            shape = tuple(expected[name].shape) if name in expected else None
+            raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, {shape}: copy "
+                              "both files again")
+        plain = name.endswith(".weight")
+        if weight.dtype not in (DTYPES.values() if plain else (expected[name].dtype,)):
+            raise DanubeError(f"{folder}: {name} is stored as {weight.dtype}: only "
+                              f"{', '.join(DTYPES) if plain else expected[name].dtype} can be read")
+        dtype = dtype or (weight.dtype if plain else None)
         # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
-        weights[name] = weight.to(device, dtype, copy=True)
+        weights[name] = weight.to(device, dtype if plain else None, copy=True)
     if missing := expected.keys() - weights.keys():
         raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
     model.load_state_dict(weights, assign=True)
@@ -1204,7 +1219,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
     or gradient is not finite, the weights are left as they are. fp16 has no numbers below 6e-8, where many gradients
     lie: `scaler` multiplies the loss, and so all of them, and divides again before they are used.
     """
-    device = next(model.parameters()).device
+    device = model.device
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     labelled = (labels[:, 1:] != IGNORE).sum().clamp(min=1).to(device)
     loss = torch.zeros((), device=device)
@@ -1227,7 +1242,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
 @torch.no_grad()
 def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_size: int) -> float:
     """Loss per labelled token of rows [N, T]."""
-    device, total = next(model.parameters()).device, 0.0
+    device, total = model.device, 0.0
     for ids, targets in micro_batches(input_ids, labels, micro_batch_size, device):
         with autocast(device):
             total += model(ids, targets).item()
@@ -1245,7 +1260,7 @@ class Run:
     def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData", resume: bool,
                  base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
         self.out, self.model, self.tokenizer, self.data, self.write_model = out, model, tokenizer, data, write_model
-        self.optimizer, self.device = make_optimizer(model, data.recipe), model.lm_head.weight.device
+        self.optimizer, self.device = make_optimizer(model, data.recipe), model.device
         free = ("save_every", "micro_batch_size")  # to change when a run goes on
         recipe = {name: value for name, value in asdict(data.recipe).items() if name not in free}
         self.identity = {"configuration": asdict(model.config), "recipe": recipe, "data": data.identity,
@@ -1596,7 +1611,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float = LORA_ALPHA) -> None:
         super().__init__()
-        self.base_layer, self.scale, device = base_layer, alpha / rank, base_layer.weight.device
+        self.base_layer, self.scale = base_layer, alpha / rank
+        device = next(iter(base_layer.state_dict().values())).device
         self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, device=device)
         self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, device=device)
 
@@ -1622,7 +1638,7 @@ def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
     for module in model.modules():
         if isinstance(module, (RMSNorm, nn.Embedding)):
             module.float()  # and with them the stream between the layers, whatever type the matrices have
-    generator = torch.Generator(device=model.lm_head.weight.device).manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     for name, linear in layer_linears(model).items():
         lora = LoRALinear(linear, rank)
         nn.init.normal_(lora.lora_A.weight, std=linear.in_features ** -0.5, generator=generator)
@@ -1635,10 +1651,11 @@ def merge_lora(model: Danube3) -> Danube3:
     """Add every adapter to the matrix it stands beside, in place."""
     for name, lora in layer_linears(model).items():
         if isinstance(lora, LoRALinear):
-            weight = lora.base_layer.weight
-            change = lora.scale * (lora.lora_B.weight @ lora.lora_A.weight)  # [out, r] @ [r, in] -> [out, in]
-            lora.base_layer.weight = nn.Parameter((weight.to(change.dtype) + change).to(weight.dtype).detach())
-            model.set_submodule(name, lora.base_layer)
+            weight, change = lora.base_layer.weight, lora.lora_B.weight @ lora.lora_A.weight  # [out, r] [r, in]
+            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            merged = (weight.to(change.dtype) + lora.scale * change).to(weight.dtype)
+            linear.weight = nn.Parameter(merged.detach())
+            model.set_submodule(name, linear)
     return model
 
 
@@ -1693,7 +1710,7 @@ def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]
 
     Rows are padded on the right, where a causal model does not look; position, not id, says what is padding.
     """
-    device, results = next(model.parameters()).device, [0.0] * len(rows)
+    device, results = model.device, [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # rows of like length together
     for picks in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
         length = max(len(rows[i][0]) for i in picks)
@@ -1739,7 +1756,7 @@ def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[
     for length in sorted(set(map(len, prompts))):  # prompts of one length form a batch that needs no padding
         same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         for picks in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
-            input_ids = torch.tensor([prompts[i] for i in picks], device=model.lm_head.weight.device)
+            input_ids = torch.tensor([prompts[i] for i in picks], device=model.device)
             for i, ids in zip(picks, generate(model, input_ids, max_new_tokens).tolist()):
                 end = ids.index(eos, length) if eos in ids[length:] else len(ids)
                 prompt_text = tokenizer.decode(ids[:length])
@@ -1778,27 +1795,493 @@ def answer_quiz(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> str:
 
 
 # ======================================================================================================================
+# 12. Quantization
+#
+# A trained weight needs far fewer than 16 bits. int8 gives each row of a matrix one scale and each weight one of 255
+# steps; int4 gives every 32 weights a scale and each one of 16 steps. Writing one token means reading every weight
+# once, so a quarter of the bytes can be four times the speed. Rounding each weight to its nearest step is simple, and
+# at 8 bits enough; at 4 bits GPTQ does better: it rounds column by column, and lets the columns still to come make up
+# for the error just made. Both formats are those of GGUF files (Q8_0, Q4_0), value for value.
+# ======================================================================================================================
+
+GROUP = 32  # weights that share a scale in int4, and in GGUF files
+# Bits of each part of the model. In an int4 model the head stays at 8 [C]: tests/bench_quantize.py measures why.
+SCHEMES = {8: {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
+           4: {"model.embed_tokens": 4, "model.layers": 4, "lm_head": 8}}
+
+
+def as_stored(scales: Tensor) -> Tensor:
+    """Scales under 2^-14 as fp16 will hold them, with few digits or none, so that the codes are made for that."""
+    return torch.where(scales.abs() < 2 ** -14, scales.half().float(), scales)
+
+
+def inverse(scales: Tensor) -> Tensor:
+    """1 / scale, and 0 where that is 0: a row of zeros."""
+    return torch.where(scales == 0, 0.0, 1 / scales)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to steps of max|w| / 127. weight [N, K] -> codes int8 [N, K], scales fp16 [N]"""
+    weight = weight.float()
+    scales = as_stored(weight.abs().amax(dim=1) / 127)                    # [N]
+    steps = weight * inverse(scales)[:, None]                             # [N, K], -127 .. 127
+    codes = (steps.abs() + 0.5).floor().clamp(max=127) * steps.sign()     # halves away from zero, as GGUF does
+    return codes.to(torch.int8), scales.half()
+
+
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each group of 32 to steps of d, 16 of them from -8 d to 7 d, where -8 d is the largest weight, with its
+    sign: d is negative where that is positive. weight [N, K] -> codes uint8 [N, K], scales fp16 [N, K / 32]"""
+    groups = weight.float().unflatten(1, (-1, GROUP))                     # [N, K/32, 32]
+    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [N, K/32, 1]
+    scales = as_stored(largest / -8)
+    codes = (groups * inverse(scales) + 8.5).floor().clamp(0, 15)
+    return codes.flatten(1).to(torch.uint8), scales[..., 0].half()
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two codes to a byte, as in GGUF: byte j of a group holds code j in its lower four bits and code j + 16 in its
+    upper four. uint8 [.., K] -> uint8 [.., K / 2]"""
+    low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)  # 2 x [.., K/32, 16]
+    return (low | high << 4).flatten(-2)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The reverse. uint8 [.., K / 2] -> uint8 [.., K]"""
+    pairs = packed.unflatten(-1, (-1, GROUP // 2))  # [.., K/32, 16]
+    return torch.cat((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """int8 [.., K] with scales [..], or packed int4 [.., K / 2] with scales [.., K / 32] -> fp32 [.., K]"""
+    if codes.dtype == torch.int8:
+        return codes.float() * scales.float()[..., None]
+    steps = unpack_int4(codes).unflatten(-1, (-1, GROUP)).float() - 8  # [.., K/32, 32]
+    return (steps * scales.float()[..., None]).flatten(-2)
+
+
+class DequantizedMatmul(torch.autograd.Function):
+    """x W^T for a frozen, quantized W, which is dequantized a second time for the gradient of x rather than kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # x [.., K] -> [.., N]
+        ctx.save_for_backward(codes, scales)
+        ctx.dtype = x.dtype
+        return F.linear(x, dequantize(codes, scales).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        codes, scales = ctx.saved_tensors
+        return (grad @ dequantize(codes, scales).to(grad.dtype)).to(ctx.dtype), None, None
+
+
+class QuantizedLinear(nn.Module):
+    """y = W x with W as codes and scales, in either format: what a quantized checkpoint holds in place of a matrix.
+
+    Right on every device as it is. `pack()` makes it fast on a CPU, for inference.
+    """
+
+    def __init__(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.bits, self.dtype = out_features, in_features, bits, dtype
+        if bits == 8:
+            codes, scales = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
+        else:
+            codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
+            scales = torch.empty(out_features, in_features // GROUP)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales.half())
+        self.packed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor:  # [out, in], fp32
+        return dequantize(self.codes, self.scales)
+
+    def pack(self) -> None:
+        """Rearrange codes and scales for PyTorch's CPU kernels, whose order differs from machine to machine and so is
+        never stored. The kernels are private: where they are missing or do not fit, all stays as it is."""
+        if self.codes.device.type != "cpu" or self.out_features % 16:
+            return
+        if self.bits == 8 and hasattr(torch, "_weight_int8pack_mm"):
+            self.packed = self.codes, torch.ones(self.out_features, dtype=torch.bfloat16)
+        elif self.bits == 4 and hasattr(torch, "_weight_int4pack_mm_for_cpu"):
+            codes = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(self.codes).int(), 1)
+            scales = self.scales.T.bfloat16()  # [K/32, N]; beside each a value to add, of which there is none
+            self.packed = codes, torch.stack((scales, torch.zeros_like(scales)), dim=-1)
+            self.codes = self.scales = None
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
+        if self.packed is None or self.bits == 8 and x.numel() > 16 * self.in_features:
+            return DequantizedMatmul.apply(x, self.codes, self.scales)
+        rows = x.reshape(-1, self.in_features).bfloat16()
+        if self.bits == 8:
+            y = torch._weight_int8pack_mm(rows, *self.packed) * self.scales  # [rows, out]; scaled in fp32
+        else:
+            y = torch._weight_int4pack_mm_for_cpu(rows, self.packed[0], GROUP, self.packed[1])
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class QuantizedEmbedding(QuantizedLinear):
+    """The rows of a quantized matrix, by index."""
+
+    def pack(self) -> None:
+        pass  # its rows are looked up, not multiplied
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # [B, T] -> [B, T, in]
+        return dequantize(self.codes[input_ids], self.scales[input_ids]).to(self.dtype)
+
+
+def bits_of(name: str, scheme: dict[str, int]) -> int | None:
+    """How many bits a scheme gives the matrix `name`; None for what it does not name, such as the norms."""
+    matches = (bits for part, bits in scheme.items() if name.startswith(part))
+    return None if "norm" in name else next(matches, None)
+
+
+def use_scheme(model: Danube3, scheme: dict[str, int], dtype: torch.dtype = torch.float32) -> Danube3:
+    """Put a QuantizedLinear, without its codes yet, in place of each matrix."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)) and (bits := bits_of(name, scheme)):
+            kind = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
+            model.set_submodule(name, kind(*module.weight.shape, bits, dtype))
+    return model
+
+
+def read_scheme(folder: Path) -> dict[str, int] | None:
+    """The scheme of a quantized folder, from its config.json; None of one that is not quantized."""
+    if (config := read_json(folder / "config.json").get("quantization_config")) is None:
+        return None
+    scheme = config.get("bits") if isinstance(config, dict) and config.get("quant_method") == "danube3" else None
+    if not isinstance(scheme, dict) or scheme not in SCHEMES.values():
+        raise DanubeError(f"{folder} is quantized in a way that is not ours: only folders of quantize.py can be read")
+    return scheme
+
+
+# GPTQ (arXiv 2210.17323). For a linear layer y = W x, an error E of W costs the mean of |E x|^2, which is the trace of
+# E H E^T with H = mean of x x^T over the calibration data. Rounding column i of W makes an error in that column; the
+# best answer of the columns after it is to move by -error / U_ii * U_i, with U the upper Cholesky factor of H^-1.
+
+def search_scales(groups: Tensor, importance: Tensor) -> Tensor:
+    """The scale of each group that makes its error, weighted by importance, smallest. groups [N, 32], importance [32]
+    -> [N]. Tried are quantize_int4's own, 0.6 to 1.2 times it, with either sign; then the best is fitted."""
+    largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))  # [N, 1]
+    best, lowest = largest[:, 0] / -8, torch.full_like(largest[:, 0], math.inf)
+    for factor in torch.cat((torch.linspace(0.6, 1.2, 25), torch.linspace(-1.3, -0.7, 25))).tolist():
+        scales = largest / -8 * factor
+        steps = (groups * inverse(scales) + 0.5).floor().clamp(-8, 7)      # [N, 32]
+        fitted = (importance * groups * steps).sum(1) * inverse((importance * steps * steps).sum(1))  # least squares
+        fitted = as_stored(fitted).half().float()
+        error = (importance * (groups - fitted[:, None] * steps) ** 2).sum(1)
+        best, lowest = torch.where(error < lowest, fitted, best), torch.minimum(error, lowest)
+    return best
+
+
+def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """weight [N, K], hessian [K, K] (any multiple of it) -> codes uint8 [N, K], scales fp16 [N, K / 32]
+
+    `damping`, a share of the mean of the diagonal, keeps an input that hardly occurred from dictating to the others.
+    """
+    weight, K = weight.float().clone(), weight.shape[1]
+    hessian = hessian.float() + torch.eye(K, device=hessian.device) * (damping * hessian.diagonal().mean() + 1e-12)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)  # [K, K]
+    codes, scales = torch.empty_like(weight, dtype=torch.uint8), weight.new_empty(len(weight), K // GROUP)
+    for start in range(0, K, GROUP):
+        end = start + GROUP
+        block, errors = weight[:, start:end], torch.empty(len(weight), GROUP, device=weight.device)
+        scale = search_scales(block, upper.diagonal()[start:end] ** -2)
+        for i in range(GROUP):
+            row = upper[start + i, start:end]                                     # [32]
+            code = (block[:, i] * inverse(scale) + 8.5).floor().clamp(0, 15)      # [N]
+            errors[:, i] = (block[:, i] - scale * (code - 8)) / row[i]
+            block[:, i + 1:] -= errors[:, i, None] * row[i + 1:]
+            codes[:, start + i] = code.to(torch.uint8)
+        weight[:, end:] -= errors @ upper[start:end, end:]
+        scales[:, start // GROUP] = scale
+    return codes, scales.half()
+
+
+@torch.no_grad()
+def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize the matrices of all layers with calibration rows [N, T], in place (as quantized and dequantized again).
+    -> name: (codes, scales)
+
+    The inputs that a matrix is calibrated on come from the already quantized ones before it: later layers make up for
+    the errors of earlier ones. Matrices that read the same input share its hessian.
+    """
+    decoder, done = model.model, {}
+    cos, sin = rotary_table(0, rows.shape[1], model.config.head_dim, model.config.rope_theta, model.device)
+    streams = [decoder.embed_tokens(part.to(model.device)) for part in rows.split(batch_size)]  # each [B, T, D]
+    inputs = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+              ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+    for number, layer in enumerate(tqdm(decoder.layers, desc="GPTQ", unit="layer")):
+        for names in inputs:
+            hessian = 0.0
+
+            def add(module: nn.Module, args: tuple[Tensor]) -> None:
+                nonlocal hessian
+                x = args[0].flatten(0, 1).float()  # [B T, K]
+                hessian = hessian + x.T @ x
+
+            handle = layer.get_submodule(names[0]).register_forward_pre_hook(add)
+            for stream in streams:
+                layer(stream, cos, sin, None)
+            handle.remove()
+            for name in names:
+                linear = layer.get_submodule(name)
+                codes, scales = gptq(linear.weight, hessian)
+                done[f"model.layers.{number}.{name}"] = pack_int4(codes), scales
+                linear.weight.copy_(dequantize(pack_int4(codes), scales))
+        streams = [layer(stream, cos, sin, None) for stream in streams]
+    return done
+
+
+def quantize_tensor(name: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """One matrix, rounded to nearest. -> codes and scales, as QuantizedLinear has them"""
+    if not weight.isfinite().all():
+        raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
+    if weight.shape[1] % GROUP:
+        raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {GROUP}: only models whose "
+                          "sizes are can be quantized")
+    if (largest := weight.abs().amax().item()) > 2 ** 18:  # / 8 or / 127 must be a number of fp16
+        raise DanubeError(f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
+    codes, scales = quantize_int8(weight) if bits == 8 else quantize_int4(weight)
+    return (codes, scales) if bits == 8 else (pack_int4(codes), scales)
+
+
+def write_in_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]], part_bytes: int) -> None:
+    """Write safetensors files of about `part_bytes` and the index that names them, so that memory need not hold all."""
+    part, weight_map, total = {}, {}, 0
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        write_tensors(folder, name, part, None)
+        weight_map.update(dict.fromkeys(part, name))
+        part.clear()
+
+    for name, tensor in tensors:
+        part[name], total = tensor.contiguous(), total + tensor.nbytes
+        if sum(each.nbytes for each in part.values()) >= part_bytes:
+            flush()
+    if part:
+        flush()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def quantize_folder(source: Path, out: Path, bits: int, layers: dict[str, tuple[Tensor, Tensor]],
+                    part_bytes: int = 2 ** 29) -> list[tuple[str, int, int, float, float]]:
+    """Quantize a checkpoint into the folder `out`, tensor by tensor: those in `layers` are done already (gptq_model),
+    the others are rounded to nearest. -> for each: name, bits, bytes, largest and mean error"""
+    verify_digests(source)
+    config, report = read_config(source), []
+    if read_scheme(source):
+        raise DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
+    tokenizer, scheme, needed = read_tokenizer(source, config), SCHEMES[bits], count_parameters(config) * (bits + 1) / 8
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if (space := shutil.disk_usage(existing).free) < needed:
+        raise DanubeError(f"{out} needs {needed / 1e9:.2f} GB, and {space / 1e9:.2f} are free: make room on the disk")
+
+    def quantized() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in read_weights(source):
+            module = name.removesuffix(".weight")
+            if not (tensor_bits := bits_of(module, scheme)):
+                yield name, weight.float()
+                continue
+            codes, scales = layers.get(module) or quantize_tensor(name, weight, tensor_bits)
+            error = (dequantize(codes, scales) - weight.float()).abs()
+            report.append((module, tensor_bits, codes.nbytes + scales.nbytes, error.amax().item(), error.mean().item()))
+            yield f"{module}.codes", codes
+            yield f"{module}.scales", scales
+
+    with atomic_folder(out) as partial:
+        write_config(partial, config, tokenizer, torch.float32,
+                     quantization_config={"quant_method": "danube3", "bits": scheme, "group_size": GROUP})
+        write_in_parts(partial, quantized(), part_bytes)
+    return report
+
+
+def dense(model: Danube3) -> Danube3:
+    """Put ordinary matrices in place of quantized ones."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            with torch.device("meta"):
+                plain = (nn.Embedding(module.out_features, module.in_features) if isinstance(module, QuantizedEmbedding)
+                         else nn.Linear(module.in_features, module.out_features, bias=False))
+            plain.weight = nn.Parameter(module.weight.to(model.dtype))
+            model.set_submodule(name, plain)
+    return model
+
+
+def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, split: str, count: int) -> Tensor:
+    """Up to `count` rows [N, T] of ids to calibrate ("train") or measure ("val") with: evenly from all sources of a
+    data folder, or from a text file, whose last tenth is "val". T is half of the context, at most 2,048 [C]."""
+    length = min(config.max_position_embeddings // 2, 2_048)
+    if Path(data).is_dir():
+        folder = TokenData(data, config, length)
+        if folder.tokenizer.sha256 != tokenizer.sha256:
+            raise DanubeError(f"{data} was made with another tokenizer than the model's: choose other data")
+        sources = [folder.open(name, split) for name in folder.meta["sources"]]
+        share = -(-count // len(sources))  # of each source
+        windows = [source.window(i * source.windows // min(share, source.windows))
+                   for source in sources for i in range(min(share, source.windows))]
+        return torch.from_numpy(np.stack(windows))
+    try:
+        ids = torch.tensor(tokenizer.encode(Path(data).read_text(encoding="utf-8")))
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DanubeError(f"{data} is neither a folder of token shards nor a text file: {error}") from error
+    ids = ids[:len(ids) * 9 // 10] if split == "train" else ids[len(ids) * 9 // 10:]
+    if len(ids) < length:
+        raise DanubeError(f"{data} has {len(ids)} tokens to {split} with, less than a row of {length}: use more text")
+    return ids[:len(ids) // length * length].view(-1, length)[:count]
+
+
+def measure_decoding(model: Danube3, tokens: int = 32) -> tuple[float, float]:
+    """Tokens a second, one at a time after a prompt of 8, and the bytes of weights read for them a second."""
+    prompt = torch.full((1, 8), model.config.bos_token_id, device=model.device)
+    best = math.inf
+    for _ in range(3):
+        steps = generate_tokens(model, prompt, tokens + 1, temperature=1.0, seed=0)
+        next(steps)
+        start = time.perf_counter()
+        count = sum(1 for _ in steps)
+        best = min(best, (time.perf_counter() - start) / max(1, count))
+    return 1 / best, sum(t.nbytes for name, t in stored_tensors(model) if "embed_tokens" not in name) / best
+
+
+def stored_tensors(model: Danube3) -> Iterator[tuple[str, Tensor]]:
+    """All that a model holds, packed or not."""
+    for name, module in model.named_modules():
+        packed = getattr(module, "packed", None)
+        own = [*module._parameters.values(), *module._buffers.values()] if packed is None else list(packed)
+        yield from ((name, tensor) for tensor in own if tensor is not None)
+
+
+# A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
+# the rows of q and k, in the order of a rotary embedding that pairs neighbours (2i, 2i+1) where ours pairs halves; and
+# that int8 stores a scale for every 32 weights, here all those of a row the same.
+
+def gguf_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
+    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
+                         ("model.layers", "blk"), ("self_attn.o_proj", "attn_output"), ("self_attn", "attn"),
+                         ("mlp", "ffn"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
+                         ("attn.", "attn_"), ("ffn.", "ffn_"), ("_proj", "")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def rows_for_gguf(name: str, tensor: Tensor, config: DanubeConfig) -> Tensor:
+    """The rows of q_proj and k_proj as GGUF orders them: of each head 0, h/2, 1, h/2 + 1, ... Others as they are."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return tensor
+    halves = tensor.unflatten(0, (heads, 2, config.head_dim // 2))  # [heads, 2, h/2, ..]
+    return halves.transpose(1, 2).flatten(0, 2)                     # [heads h, ..]
+
+
+def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
+    """Codes and scales of a matrix as blocks of 32 weights, each a scale in fp16 and its codes -> bytes [N, ..]"""
+    blocks = codes.view(torch.uint8).unflatten(1, (-1, GROUP if codes.dtype == torch.int8 else GROUP // 2))
+    scales = scales[:, None].expand(blocks.shape[:2]) if codes.dtype == torch.int8 else scales  # [N, K/32]
+    return torch.cat((scales.contiguous().view(torch.uint8).unflatten(1, (-1, 2)), blocks), dim=2).flatten(1).numpy()
+
+
+def write_gguf(source: Path, path: Path) -> None:
+    """Write a checkpoint as a GGUF file: Q8_0 and Q4_0 as it is quantized, F16 if it is not."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise DanubeError("writing GGUF takes the package gguf: pip install gguf") from error
+    verify_digests(source)
+    config, partial, codes = read_config(source), path.with_name(f"{path.name}.partial"), {}
+    writer = gguf.GGUFWriter(partial, "llama")
+    describe_for_gguf(writer, config, read_tokenizer(source, config), read_scheme(source))
+    for name, tensor in read_weights(source):
+        module, _, kind = name.rpartition(".")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise DanubeError(f"{source}: {name} holds values that are not finite: take an earlier checkpoint")
+        tensor = rows_for_gguf(name, tensor, config)
+        if kind == "codes":  # stored just before its scales
+            codes[module] = tensor
+        elif kind == "scales":
+            format = gguf.GGMLQuantizationType.Q8_0 if tensor.dim() == 1 else gguf.GGMLQuantizationType.Q4_0
+            writer.add_tensor(gguf_name(f"{module}.weight"), gguf_blocks(codes.pop(module), tensor), raw_dtype=format)
+        else:
+            writer.add_tensor(gguf_name(name), tensor.to(torch.float32 if tensor.dim() == 1 else torch.float16).numpy())
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=sys.stderr.isatty())
+        writer.close()
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def describe_for_gguf(writer: "gguf.GGUFWriter", config: DanubeConfig, tokenizer: Tokenizer,  # noqa: F821
+                      scheme: dict[str, int] | None) -> None:
+    """The sizes of the model and the pieces of its tokenizer, under GGUF's keys."""
+    c, pieces = config, tokenizer.pieces
+    writer.add_quantization_version(2)
+    writer.add_file_type(1 if scheme is None else 7 if scheme["model.layers"] == 8 else 2)  # F16, Q8_0, Q4_0
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_vocab_size(c.vocab_size)
+    unused = range(pieces.vocab_size(), c.vocab_size)  # a model's vocabulary may be padded
+    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1
+             for i in range(pieces.vocab_size())]  # unknown, control, byte, normal
+    writer.add_tokenizer_model("llama")
+    ids = range(pieces.vocab_size())
+    writer.add_token_list([pieces.id_to_piece(i) for i in ids] + [f"<unused{i}>" for i in unused])
+    writer.add_token_scores([pieces.get_score(i) for i in ids] + [0.0 for _ in unused])
+    writer.add_token_types(kinds + [5 for _ in unused])
+    writer.add_bos_token_id(c.bos_token_id)
+    writer.add_eos_token_id(c.eos_token_id)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(c.pad_token_id)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_space_prefix(True)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+# ======================================================================================================================
 # 13. Command line: what the programs beside this file share
 #
 # A folder of any kind opened by one function, a conversation at the keyboard, and errors in one line.
 # ======================================================================================================================
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu",
-                    dtype: torch.dtype | None = None) -> tuple[Danube3, Tokenizer]:
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
+                    pack: bool = False) -> tuple[Danube3, Tokenizer]:
     """Model, in eval mode and in `dtype` (default: as stored), and tokenizer of a checkpoint, run or published folder,
-    or of a folder of adapters, which names its base."""
+    of a quantized one (to `pack` it makes it fast and unfit for training), or of adapters, which name their base."""
     folder = find_checkpoint(path)
     verify_digests(folder)
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
             raise DanubeError(f"{folder} holds adapters to {base}, which is no checkpoint: put its folder back there")
-        model, tokenizer = load_checkpoint(base, device, dtype)
+        model, tokenizer = load_checkpoint(base, device, dtype, pack)
         return load_adapter(model, folder).eval(), tokenizer
-    config = read_config(folder)
+    config, scheme = read_config(folder), read_scheme(folder)
+    if scheme and dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     with torch.device("meta"):
         model = Danube3(config)
+        model = use_scheme(model, scheme, dtype) if scheme else model
     load_weights(model, folder, device, dtype)
+    if pack:
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.pack()
     return model.eval(), read_tokenizer(folder, config)
 
 
@@ -1806,7 +2289,7 @@ def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData
     """What a run has come to: curves, a few words from a model that continues text, and the quiz where there is one."""
     if curves := plot_curves(out, data.recipe):
         print(f"curves in {curves}")
-    prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.lm_head.weight.device)
+    prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
     for seed in range(2) if isinstance(data, StagedData) else ():
         ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
         print(f"--- a sample\n{tokenizer.decode(ids)}")
@@ -1824,9 +2307,9 @@ class Conversation:
         self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
         self.exchanges: list[list[int]] = []          # ids of a question and its answer
         self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
-        context, weight = model.config.max_position_embeddings, model.lm_head.weight
+        context = model.config.max_position_embeddings
         self.room = context - min(max_new_tokens, context // 4)  # for the dialogue up to the answer
-        self.kv_cache = KVCache(model.config, 1, context, weight.dtype, weight.device)
+        self.kv_cache = KVCache(model.config, 1, context, model.dtype, model.device)
 
     def reset(self) -> None:
         self.exchanges, self.messages, self.kv_cache.length = [], [], 0
@@ -1847,7 +2330,7 @@ class Conversation:
         """The answer piece by piece. However it ends, also if it is interrupted, it becomes part of the dialogue."""
         ids, eos, new, pieces = [*sum(self.exchanges, []), *question], self.model.config.eos_token_id, [], []
         decoder = StreamDecoder(self.tokenizer, ids)
-        input_ids = torch.tensor([ids], device=self.model.lm_head.weight.device)
+        input_ids = torch.tensor([ids], device=self.model.device)
         try:
             for next_ids in generate_tokens(self.model, input_ids, self.max_new_tokens, **self.sampling,
                                             kv_cache=self.kv_cache):

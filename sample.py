@@ -34,7 +34,8 @@ def arguments():
 def main():
     args = arguments()
     device = danube3.pick_device(args.device)
-    model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, danube3.DTYPES.get(args.dtype))
+    dtype = danube3.DTYPES.get(args.dtype)
+    model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
     if args.eval:
         print(danube3.answer_quiz(model, tokenizer, args.eval))
         return

@@ -90,6 +90,8 @@ def main():
     device = danube3.pick_device(args.device)
     base = danube3.find_checkpoint(args.init) if args.init else None
     model, tokenizer, data = chat(args, base, device) if args.chat else pretraining(args, base)
+    if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
+        raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
     model.to(device).train()
     if args.compile:
         danube3.compile_model(model)
@@ -100,7 +102,7 @@ def main():
         print(f"interrupted, and saved; go on with: python train.py {shlex.join([*again, '--resume'])}")
         return 130
     if args.merge:
-        danube3.save_checkpoint(args.merge, danube3.merge_lora(model), tokenizer)
+        danube3.save_checkpoint(args.merge, danube3.dense(danube3.merge_lora(model)), tokenizer)
     folder = args.chat.parent if args.chat else data.data.folder
     danube3.report_run(model.eval(), tokenizer, data, out, folder / ("chat-quiz.jsonl" if args.chat else "quiz.jsonl"))
     print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))

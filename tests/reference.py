@@ -448,3 +448,105 @@ def lora_linear_backward(grad, x, W, A, B, alpha):
     dA = s * (grads @ B).T @ rows  # [r, in]
     dB = s * grads.T @ (rows @ A.T)  # [out, r]
     return grad @ (W + s * B @ A), dA, dB
+
+
+# -------------------------------------------------------------------------------------------------------- quantization
+def round_away(x):
+    """To the nearest whole number, halves away from zero."""
+    return np.sign(x) * np.floor(np.abs(x) + 0.5)
+
+
+def quantize_int8(weight):
+    """Each row to steps of max|w| / 127: weight [N, K] -> codes [N, K], scales [N] (float16). One row at a time."""
+    codes, scales = np.zeros(weight.shape, np.int8), np.zeros(len(weight), np.float16)
+    for n, row in enumerate(weight.astype(np.float32)):
+        scale = np.abs(row).max() / np.float32(127)
+        if scale < 2.0 ** -14:  # float16 holds such a number with fewer digits, or as zero
+            scale = np.float32(np.float16(scale))
+        if scale:
+            codes[n], scales[n] = np.clip(round_away(row / scale), -127, 127), scale
+    return codes, scales
+
+
+def quantize_int4(weight):
+    """Each 32 weights of a row to 16 steps: -8 d is the largest of them in magnitude. -> [N, K], [N, K/32]"""
+    N, K = weight.shape
+    codes, scales = np.full((N, K), 8, np.uint8), np.zeros((N, K // 32), np.float16)
+    for n in range(N):
+        for g in range(K // 32):
+            group = weight[n, 32 * g:32 * g + 32].astype(np.float32)
+            d = group[np.abs(group).argmax()] / np.float32(-8)
+            if abs(d) < 2.0 ** -14:
+                d = np.float32(np.float16(d))
+            if d:
+                codes[n, 32 * g:32 * g + 32] = np.clip(np.floor(group / d + 8.5), 0, 15)
+                scales[n, g] = d
+    return codes, scales
+
+
+def pack_int4(codes):
+    """Byte j of each group of 32 codes holds code j below and code j + 16 above. [N, K] -> [N, K/2]"""
+    packed = np.zeros((len(codes), codes.shape[1] // 2), np.uint8)
+    for g in range(codes.shape[1] // 32):
+        for j in range(16):
+            packed[:, 16 * g + j] = codes[:, 32 * g + j] + 16 * codes[:, 32 * g + 16 + j]
+    return packed
+
+
+def unpack_int4(packed):
+    codes = np.zeros((len(packed), packed.shape[1] * 2), np.uint8)
+    for g in range(packed.shape[1] // 16):
+        for j in range(16):
+            byte = packed[:, 16 * g + j]
+            codes[:, 32 * g + j], codes[:, 32 * g + 16 + j] = byte % 16, byte // 16
+    return codes
+
+
+def dequantize(codes, scales):
+    """int8 codes [N, K] with scales [N], or int4 codes [N, K] (unpacked) with scales [N, K/32] -> float32 [N, K]"""
+    if scales.ndim == 1:
+        return codes.astype(np.float32) * scales.astype(np.float32)[:, None]
+    return (codes.astype(np.float32) - 8) * np.repeat(scales.astype(np.float32), 32, axis=1)
+
+
+def quantized_matmul(x, codes, scales):
+    return x @ dequantize(codes, scales).astype(np.float64).T
+
+
+def group_scale(group, importance):
+    """The scale that makes one group's weighted error smallest of 50 fitted by least squares."""
+    largest, best, lowest = group[np.abs(group).argmax()], 0.0, np.inf
+    for factor in [*np.linspace(0.6, 1.2, 25), *np.linspace(-1.3, -0.7, 25)]:
+        start = largest / -8 * factor
+        steps = np.clip(np.floor(group / start + 0.5), -8, 7) if start else np.zeros(len(group))
+        weight = (importance * steps ** 2).sum()
+        scale = float(np.float16((importance * group * steps).sum() / weight)) if weight else 0.0
+        error = (importance * (group - scale * steps) ** 2).sum()
+        if error < lowest:
+            best, lowest = scale, error
+    return best
+
+
+def gptq(weight, hessian, damping=0.01):
+    """GPTQ by its definition (optimal brain surgeon, one column at a time): round column i, move the others to where
+    the error that remains is smallest, take column i out of the inverse hessian. No Cholesky factor, no blocks.
+
+    With the remaining columns R and A = (H_RR)^-1, rounding w_i by e = w_i - q_i costs e^2 / A_ii and moves those by
+    -e A_iR / A_ii; then A becomes A - A_Ri A_iR / A_ii without row and column i. weight [N, K], hessian [K, K]"""
+    W, K = weight.astype(np.float64).copy(), weight.shape[1]
+    A = np.linalg.inv(hessian + np.eye(K) * (damping * np.diag(hessian).mean() + 1e-12))
+    codes, scales = np.zeros(W.shape, np.uint8), np.zeros((len(W), K // 32), np.float16)
+    for i in range(K):
+        if i % 32 == 0:  # scales of the next group; its importance is 1 / A_ii as each column will find it
+            importance, B = np.zeros(32), A.copy()
+            for j in range(32):
+                importance[j] = 1 / B[i + j, i + j]
+                B = B - np.outer(B[:, i + j], B[i + j]) / B[i + j, i + j]
+            scales[:, i // 32] = [group_scale(row, importance) for row in W[:, i:i + 32]]
+        scale = scales[:, i // 32].astype(np.float64)
+        steps = np.divide(W[:, i], scale, out=np.zeros(len(W)), where=scale != 0)
+        codes[:, i] = np.clip(np.floor(steps + 8.5), 0, 15)
+        error = W[:, i] - scale * (codes[:, i].astype(np.float64) - 8)
+        W[:, i + 1:] -= np.outer(error, A[i, i + 1:]) / A[i, i]
+        A = A - np.outer(A[:, i], A[i]) / A[i, i]
+    return codes, scales

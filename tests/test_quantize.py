@@ -1,0 +1,390 @@
+"""Quantization: codes against NumPy and the gguf package, GPTQ against its definition, folders and GGUF files."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import reference
+import safetensors.torch
+import torch
+from conftest import TINY, call, one_line_error, random_model
+
+import danube3
+
+EVEN = dataclasses.replace(  # sizes that groups of 32 divide, with more query heads than key heads
+    TINY, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)
+
+
+def some_weight(rows=7, columns=96, seed=0):
+    """Random, with a row of zeros, one far too small for fp16's normal numbers, exact halves, and one outlier."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.03
+    weight[1], weight[2], weight[3, 5] = 0, weight[2] * 1e-5, 2.0
+    weight[4] = torch.arange(columns) % 17 / 2 - 4.0
+    weight[5] *= 1e-9
+    return weight
+
+
+@pytest.fixture
+def even(tmp_path, tokenizer):
+    danube3.save_checkpoint(tmp_path / "even", random_model(EVEN), tokenizer)
+    return tmp_path / "even"
+
+
+# ----------------------------------------------------------------------------------------------------- codes and scales
+@pytest.mark.parametrize("seed, columns", [(0, 32), (1, 96), (2, 160)])
+def test_round_to_nearest_is_its_twin(seed, columns):
+    weight = some_weight(columns=columns, seed=seed)
+    for ours, twin in (
+        (danube3.quantize_int8, reference.quantize_int8),
+        (danube3.quantize_int4, reference.quantize_int4),
+    ):
+        codes, scales = ours(weight)
+        twin_codes, twin_scales = twin(weight.numpy())
+        np.testing.assert_array_equal(scales.numpy(), twin_scales)
+        off = codes.numpy().astype(int) - twin_codes
+        assert np.abs(off).max() <= 1 and (off != 0).mean() < 2e-3  # a product with 1/s and a quotient may round apart
+        packed = codes if codes.dtype == torch.int8 else danube3.pack_int4(codes)
+        values = reference.dequantize(codes.numpy(), twin_scales)
+        np.testing.assert_array_equal(danube3.dequantize(packed, scales).numpy(), values)
+        assert (values[1] == 0).all() and np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_error_is_at_most_half_a_step(bits):
+    """Also in rows whose scale fp16 can hardly hold; int4 clips one side of a group at 7 of -8 .. 7 steps."""
+    weight = some_weight()
+    codes, scales = danube3.quantize_tensor("w", weight, bits)
+    error = (danube3.dequantize(codes, scales) - weight).abs()
+    steps = scales.float().abs()[:, None] if bits == 8 else scales.float().abs().repeat_interleave(32, dim=1)
+    slack = 2.0**-24 * (127 if bits == 8 else 8)  # of scales that are rounded to whole multiples of 2^-24
+    assert (error <= steps * (0.51 if bits == 8 else 1.01) + slack).all()
+    assert error[3].max() < 0.52 * steps[3].max() or bits == 4
+
+
+def test_blocks_are_those_of_gguf():
+    """The same bytes as the gguf package makes of a row of 32, and the same values back."""
+    weight = some_weight(64, 32)
+    weight[2], weight[5] = weight[6], weight[0]  # fp16's subnormal scales are ours alone
+    for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
+        blocks = danube3.gguf_blocks(*danube3.quantize_tensor("w", weight, bits))
+        np.testing.assert_array_equal(blocks, gguf.quants.quantize(weight.numpy(), kind))
+    wide = some_weight(16, 160)
+    for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
+        codes, scales = danube3.quantize_tensor("w", wide, bits)
+        values = gguf.quants.dequantize(danube3.gguf_blocks(codes, scales), kind)
+        np.testing.assert_array_equal(values, danube3.dequantize(codes, scales).numpy())
+
+
+def test_packing():
+    codes = torch.randint(0, 16, (5, 96), dtype=torch.uint8)
+    packed = danube3.pack_int4(codes)
+    np.testing.assert_array_equal(packed.numpy(), reference.pack_int4(codes.numpy()))
+    np.testing.assert_array_equal(reference.unpack_int4(packed.numpy()), codes.numpy())
+    assert torch.equal(danube3.unpack_int4(packed), codes) and packed.shape == (5, 48)
+    assert torch.equal(danube3.unpack_int4(packed.view(1, 5, 48)), codes[None])
+
+
+# -------------------------------------------------------------------------------------------------------------- GPTQ
+def calibration(columns, rows=300, seed=0):
+    """Inputs that hang together, as real ones do. -> x [rows, columns]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) @ torch.randn(columns, columns, generator=generator).mul(0.4)
+
+
+@pytest.mark.parametrize("columns", [32, 96])
+def test_gptq_is_its_definition(columns):
+    """Column by column with inverse hessians, as the paper derives it: nearly all codes and the error are equal."""
+    weight, x = torch.randn(6, columns) * 0.03, calibration(columns)
+    weight[1], hessian = 0, x.T @ x
+    codes, scales = danube3.gptq(weight, hessian)
+    twin_codes, twin_scales = reference.gptq(weight.numpy(), hessian.double().numpy())
+    assert (codes.numpy() == twin_codes).mean() > 0.97
+    np.testing.assert_allclose(scales.float().numpy(), twin_scales.astype(np.float32), rtol=0.02, atol=1e-6)
+
+    def cost(codes, scales):
+        error = (reference.dequantize(np.asarray(codes), np.asarray(scales)) - weight.numpy()) @ x.numpy().T
+        return (error**2).sum()
+
+    ours, twin, rounded = (
+        cost(*each) for each in ((codes, scales), (twin_codes, twin_scales), danube3.quantize_int4(weight))
+    )
+    assert ours == pytest.approx(twin, rel=0.02) and ours < 0.6 * rounded
+
+
+def test_gptq_with_independent_inputs_rounds_to_nearest():
+    """Nothing to make up for: with the hessian of white noise the codes are the nearest steps of their scales."""
+    weight = some_weight(8, 64)
+    codes, scales = danube3.gptq(weight, torch.eye(64) * 5)
+    groups = weight.unflatten(1, (-1, 32)) * danube3.inverse(scales.float())[..., None]
+    assert torch.equal(codes, (groups + 8.5).floor().clamp(0, 15).flatten(1).to(torch.uint8))
+
+
+def test_scale_search_beats_the_plain_scale():
+    groups, importance = torch.randn(50, 32), torch.rand(32) + 0.1
+    scales = danube3.search_scales(groups, importance)
+    twins = [reference.group_scale(group, importance.double().numpy()) for group in groups.double().numpy()]
+    np.testing.assert_allclose(scales.numpy(), twins, rtol=2e-3)
+
+    def error(scales):
+        steps = (groups / scales[:, None] + 0.5).floor().clamp(-8, 7)
+        return (importance * (groups - scales[:, None] * steps) ** 2).sum(1)
+
+    plain = danube3.quantize_int4(groups)[1][:, 0].float()
+    assert (error(scales) <= error(plain) * 1.0001).all() and error(scales).sum() < 0.9 * error(plain).sum()
+    assert torch.equal(danube3.search_scales(torch.zeros(2, 32), importance), torch.zeros(2))
+
+
+def test_gptq_of_a_model_takes_its_inputs_from_quantized_layers():
+    """Each matrix by hand: the inputs that reach it once all before it are quantized."""
+    model, rows = random_model(EVEN), torch.randint(3, 330, (6, 20))
+    expected = random_model(EVEN)
+    order = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    order += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    shares = {
+        "self_attn.k_proj": "self_attn.q_proj",
+        "self_attn.v_proj": "self_attn.q_proj",
+        "mlp.up_proj": "mlp.gate_proj",
+    }
+    done = danube3.gptq_model(model, rows, batch_size=4)
+    assert list(done) == [f"model.layers.{i}.{name}" for i in range(2) for name in order]
+    hessians = {}
+    for name, (codes, scales) in done.items():
+        short = ".".join(name.rsplit(".", 2)[1:])
+        if short not in shares:
+            seen = []
+            hook = expected.get_submodule(name).register_forward_pre_hook(
+                lambda m, args, seen=seen: seen.append(args[0])
+            )
+            with torch.no_grad():
+                expected(rows)
+            hook.remove()
+            hessians[short] = seen[0].flatten(0, 1).T @ seen[0].flatten(0, 1)
+        linear = expected.get_submodule(name)
+        twin_codes, twin_scales = danube3.gptq(linear.weight.detach(), hessians[shares.get(short, short)])
+        assert (danube3.unpack_int4(codes) == twin_codes).float().mean() > 0.98, name
+        torch.testing.assert_close(scales, twin_scales, rtol=0.02, atol=1e-4)
+        linear.weight.data.copy_(danube3.dequantize(codes, scales))
+        assert torch.equal(model.get_submodule(name).weight, linear.weight)
+
+
+# --------------------------------------------------------------------------------------------- the quantized modules
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_quantized_linear_is_its_twin(bits, packed):
+    """Plain: the product with the dequantized matrix; packed: the same to the precision of bf16."""
+    codes, scales = danube3.quantize_tensor("w", some_weight(48, 96), bits)
+    linear = danube3.QuantizedLinear(48, 96, bits)
+    linear.load_state_dict({"codes": codes, "scales": scales})
+    unpacked = codes.numpy() if bits == 8 else reference.unpack_int4(codes.numpy())
+    if packed:
+        linear.pack()
+        assert linear.packed is not None
+    for shape in ((1, 1, 96), (2, 3, 96), (40, 96)):
+        x = torch.randn(shape)
+        y = linear(x)
+        expected = reference.quantized_matmul(x.numpy(), unpacked, scales.numpy())
+        assert y.dtype == x.dtype and y.shape == expected.shape
+        assert np.abs(y.numpy() - expected).max() < (2e-2 if packed else 1e-5) * np.abs(expected).max()
+
+
+def test_the_gradient_goes_through_a_quantized_matrix():
+    codes, scales = danube3.quantize_tensor("w", some_weight(48, 96), 4)
+    linear = danube3.QuantizedLinear(48, 96, 4)
+    linear.load_state_dict({"codes": codes, "scales": scales})
+    x, grad = torch.randn(5, 96, dtype=torch.float64, requires_grad=True), torch.randn(5, 48, dtype=torch.float64)
+    linear(x).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ linear.weight.double(), rtol=1e-9, atol=1e-12)
+    assert not list(linear.parameters())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_folder(bits, even, tmp_path):
+    """Opened without a flag; its logits are those of the dequantized matrices; generation, packed and not, agree."""
+    lines = danube3.quantize_folder(even, tmp_path / "q", bits, {}, part_bytes=5_000)
+    model, _ = danube3.load_checkpoint(tmp_path / "q")
+    names = {"model.embed_tokens": bits, "lm_head": 8} | {name: bits for name in danube3.layer_linears(model)}
+    assert {line[0]: line[1] for line in lines} == names
+    assert len(list((tmp_path / "q").glob("model-*.safetensors"))) > 3
+    weights = safetensors.torch.load_file(even / "model.safetensors")
+    for name, tensor_bits, size, largest, mean in lines:
+        module = model.get_submodule(name)
+        error = (module.weight - weights[f"{name}.weight"]).abs()
+        assert (largest, mean) == (error.amax().item(), error.mean().item()) and module.bits == tensor_bits
+        assert size == module.codes.nbytes + module.scales.nbytes
+        weights[f"{name}.weight"] = module.weight
+    plain, ids = random_model(EVEN), torch.randint(3, 330, (2, 9))
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(model(ids), plain(ids), rtol=1e-4, atol=1e-4)
+    dense = danube3.dense(danube3.load_checkpoint(tmp_path / "q")[0])
+    assert set(dense.state_dict()) == set(plain.state_dict()) and torch.equal(dense(ids), plain(ids))
+    packed, _ = danube3.load_checkpoint(tmp_path / "q", pack=True)
+    assert (packed(ids) - plain(ids)).abs().max() < 0.05 * plain(ids).abs().max()
+    assert danube3.generate(packed, ids, 5).shape == (2, 14)
+    danube3.verify_digests(tmp_path / "q")
+    half, _ = danube3.load_checkpoint(tmp_path / "q", dtype=torch.bfloat16)
+    assert half(ids).dtype == torch.float32 and half.model.embed_tokens(ids).dtype == torch.bfloat16
+    assert (half(ids) - plain(ids)).abs().max() < 0.1 * plain(ids).abs().max()
+
+
+def test_memory_of_a_packed_model(even, tmp_path):
+    """Packing puts the fast form in the place of the stored one, not beside it."""
+    danube3.quantize_folder(even, tmp_path / "q", 4, {})
+    stored, packed = (danube3.load_checkpoint(tmp_path / "q", pack=pack)[0] for pack in (False, True))
+    sizes = [sum(tensor.nbytes for _, tensor in danube3.stored_tensors(model)) for model in (stored, packed)]
+    assert sizes[1] < 1.15 * sizes[0]
+    total = sum(len(bytes_) for bytes_ in map(lambda p: p.read_bytes(), (tmp_path / "q").glob("*.safetensors")))
+    assert sizes[0] == pytest.approx(total, rel=0.1)
+
+
+def test_qlora_over_a_quantized_base(even, tmp_path, tokenizer):
+    """Adapters train over frozen codes, are saved alone, found again, and merged into an ordinary checkpoint."""
+    danube3.quantize_folder(even, tmp_path / "q", 4, {})
+    talks = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]}
+        for n in range(40)
+    ]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    flags = ("--chat", tmp_path / "chat.jsonl", "--init", tmp_path / "q")
+    result = call(
+        "train.py", *flags, "--out", tmp_path / "run", "--lora", 2, "--epochs", 10, "--merge", tmp_path / "merged"
+    )
+    assert result.returncode == 0, result.stderr
+    losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [loss for loss in losses if loss]
+    assert losses[-1] < 0.8 * losses[0]
+    ids = torch.randint(3, 330, (2, 9))
+    adapted, merged = (danube3.load_checkpoint(tmp_path / name)[0] for name in ("run", "merged"))
+    assert isinstance(adapted.model.layers[0].mlp.up_proj.base_layer, danube3.QuantizedLinear)
+    assert not any(isinstance(module, danube3.QuantizedLinear) for module in merged.modules())
+    torch.testing.assert_close(adapted(ids), merged(ids), rtol=1e-3, atol=1e-3)
+    assert "quantized" in one_line_error(call("train.py", *flags, "--out", tmp_path / "full"))
+
+
+# -------------------------------------------------------------------------------------------------------------- GGUF
+def fields_of(reader):
+    return {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
+    """Read by the gguf package: names, sizes, pieces, and every value, with q and k in the order of paired features."""
+    folder = even
+    if bits != 16:
+        danube3.quantize_folder(even, folder := tmp_path / "q", bits, {}, part_bytes=5_000)
+    danube3.write_gguf(folder, tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    names = {
+        name.removesuffix(".weight"): gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2).get_name(name, (".weight",))
+        for name in random_model(EVEN).state_dict()
+    }
+    model = danube3.dense(danube3.load_checkpoint(folder)[0])
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert set(tensors) == set(names.values())
+    for name, weight in model.state_dict().items():
+        tensor = tensors[names[name.removesuffix(".weight")]]
+        heads = EVEN.num_attention_heads if "q_proj" in name else EVEN.num_key_value_heads
+        expected = weight.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            expected = expected.reshape(heads, 2, -1, expected.shape[1]).swapaxes(1, 2).reshape(expected.shape)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(expected.shape)
+        np.testing.assert_allclose(values, expected, rtol=1e-3 if bits == 16 else 0, atol=1e-7 if bits == 16 else 0)
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds == {16: {"F16", "F32"}, 8: {"Q8_0", "F32"}, 4: {"Q4_0", "Q8_0", "F32"}}[bits]
+    fields = fields_of(reader)
+    expected = {
+        "general.architecture": "llama", "general.quantization_version": 2, "llama.context_length": 64,
+        "llama.embedding_length": 64, "llama.block_count": 2, "llama.feed_forward_length": 96,
+        "llama.rope.dimension_count": 16, "llama.rope.freq_base": 1e5, "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2, "llama.attention.key_length": 16, "llama.attention.value_length": 16,
+        "llama.vocab_size": 330, "tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": danube3.CHAT_TEMPLATE,
+    }  # fmt: skip
+    assert {name: fields.get(name) for name in expected} == expected
+    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    pieces = tokenizer.pieces
+    assert fields["tokenizer.ggml.tokens"] == [pieces.id_to_piece(i) for i in range(330)]
+    assert fields["tokenizer.ggml.scores"] == pytest.approx([pieces.get_score(i) for i in range(330)])
+    assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and fields["tokenizer.ggml.token_type"][-1] == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+def test_quantize_from_the_command_line(toy_data, tmp_path):
+    """Quantize, calibrate, report, talk, export: the README's commands on a toy that is hardly trained."""
+    assert call("train.py", "--data", toy_data, "--tokens", "4096", "--out", tmp_path / "toy").returncode == 0
+    result = call(
+        "quantize.py", tmp_path / "toy", "--bits", 4, "--out", tmp_path / "q", "--calibrate", toy_data, "--samples", 4,
+        "--report", toy_data,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^model\.layers\.\d\.\S+ +4 +[\d,]+ +\d\.\d\de-\d\d", result.stdout, re.M)) == 28
+    rows = re.findall(
+        r"^(bf16|int8|int4) +([\d,]+) +([\d.]+) +([\d.]+) +(-?[\d.]+)% +[\d.]+ +[\d.]+  \d+ of 216", result.stdout, re.M
+    )
+    assert [row[0] for row in rows] == ["bf16", "int8", "int4"], result.stdout
+    assert [float(row[2]) for row in rows] == pytest.approx([16, 8.14, 4.98], abs=0.03)
+    assert abs(float(rows[1][4])) < 0.1 and all(900 < float(row[3]) < 1100 or float(row[3]) < 1100 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"toy", "q"}
+    assert call("sample.py", tmp_path / "q", "Nolva", "--max-new-tokens", 5).returncode == 0
+    assert "of 216 questions" in call("sample.py", tmp_path / "q", "--eval", toy_data / "quiz.jsonl").stdout
+    assert call("quantize.py", tmp_path / "q", "--gguf", tmp_path / "q.gguf").returncode == 0
+    assert (tmp_path / "q.gguf").stat().st_size > 500_000
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--bits", "5", "--out", "x"], "invalid choice: 5"),
+        (["--bits", "4"], "give --bits and --out"),
+        ([], "give --bits and --out"),
+        (["--bits", "4", "--out", "x", "--gguf", "y"], "give --bits and --out"),
+        (["--bits", "8", "--out", "x", "--calibrate", "y"], "--calibrate goes with --bits 4"),
+        (["--gguf", "x", "--report", "y"], "--report with --bits"),
+        (["--bits", "4", "--out", "{q}", "--calibrate", "{even}"], "no data at"),
+        (
+            ["--bits", "4", "--out", "{q}", "--calibrate", "/nowhere"],
+            "neither a folder of token shards nor a text file",
+        ),
+        (["--bits", "4", "--out", "{even}"], "already exists"),
+    ],
+)
+def test_flags_that_quantize_refuses(flags, words, even, tmp_path):
+    flags = [flag.format(q=tmp_path / "q", even=even) for flag in flags]
+    assert re.search(words, one_line_error(call("quantize.py", even, *flags)))
+    assert {path.name for path in tmp_path.iterdir()} == {"even"}
+
+
+def test_what_cannot_be_quantized(tokenizer, even, tmp_path, monkeypatch):
+    danube3.save_checkpoint(tmp_path / "odd", random_model(TINY), tokenizer)
+    line = one_line_error(call("quantize.py", tmp_path / "odd", "--bits", 4, "--out", tmp_path / "q"))
+    assert re.search(r"(lm_head|model\.\S+)\.weight has rows of 40, which is no multiple of 32", line)
+    model = random_model(EVEN)
+    for value, words in ((math.nan, "holds values that are not finite"), (3e6, "too large for a scale in fp16")):
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+        danube3.save_checkpoint(folder := tmp_path / f"bad{value}", model, tokenizer)
+        line = one_line_error(call("quantize.py", folder, "--bits", 8, "--out", tmp_path / "q"))
+        assert "model.layers.1.mlp.up_proj.weight" in line and words in line
+    danube3.quantize_folder(even, tmp_path / "done", 8, {})
+    line = one_line_error(call("quantize.py", tmp_path / "done", "--bits", 4, "--out", tmp_path / "q"))
+    assert "quantized already" in line
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    line = one_line_error(call("quantize.py", even, "--bits", 8, "--out", tmp_path / "q"))
+    assert "make room on the disk" in line and not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize("config", [{"quant_method": "gptq"}, {"quant_method": "danube3", "bits": 4}, 5])
+def test_foreign_quantization_is_refused(config, even):
+    path = even / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": config}))
+    (even / "SHA256SUMS").unlink()
+    with pytest.raises(danube3.DanubeError, match="quantized in a way that is not ours"):
+        danube3.load_checkpoint(even)
