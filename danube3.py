@@ -144,8 +144,9 @@ class Recipe:
         micro_batch = self.micro_batch_size * self.sequence_length
         if self.tokens_per_step % micro_batch:
             raise DanubeError(f"a step of {self.tokens_per_step:,} tokens is not a whole number of micro-batches of "
-                              f"{self.micro_batch_size} x {self.sequence_length} = {micro_batch:,}: use "
-                              f"--tokens-per-step {max(1, self.tokens_per_step // micro_batch) * micro_batch}")
+                              f"{self.micro_batch_size} x {self.sequence_length} = {micro_batch:,}: use a "
+                              f"--micro-batch-size that divides {self.rows_per_step}, or --tokens-per-step "
+                              f"{max(1, self.tokens_per_step // micro_batch) * micro_batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise DanubeError(f"the learning rate is {self.learning_rate}: it must be a positive number")
         if not 0 <= self.seed < 2 ** 63:
@@ -889,7 +890,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One digest for the weights of a folder, whatever number of files they are in."""
+    """One digest for the weight files of a folder."""
     return hashlib.sha256("".join(map(file_sha256, sorted(folder.glob("*.safetensors")))).encode()).hexdigest()
 
 
@@ -1267,6 +1268,8 @@ class Run:
                          "start": {"weights": weights_sha256(base) if base else None}}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype(self.device) == torch.float16)
         self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
+        if (out / "config.json").exists():
+            raise DanubeError(f"{out} is a checkpoint, not a run folder: choose another --out")
         if resume:
             self.restore()
         elif checkpoints_in(out):
@@ -1291,14 +1294,16 @@ class Run:
                 raise DanubeError(f"{folder} does not hold the weights that this run trains: choose another --out")
             self.model.load_state_dict(weights, strict=False)  # copied into place; what is frozen stays as it is
             self.optimizer.load_state_dict(trainer["optimizer"])
-            self.scaler.load_state_dict(trainer["scaler"])
+            if trainer["scaler"]:  # nothing, where the checkpoint comes from a machine that needed no loss scale
+                self.scaler.load_state_dict(trainer["scaler"])
             self.step, self.tokens, self.skipped = (int(trainer[name]) for name in ("step", "tokens", "skipped"))
         except FileNotFoundError as error:
             raise DanubeError(f"{folder} has no trainer.pt to go on from: choose another --out") from error
         except DanubeError:
             raise
         except Exception as error:
-            raise DanubeError(f"{folder / 'trainer.pt'} is damaged: remove {folder} to start again") from error
+            raise DanubeError(f"{folder / 'trainer.pt'} is damaged, or from another version of this program: choose "
+                              "another --out, or remove that folder to start again") from error
 
     def check_identity(self, folder: Path, made_with: dict) -> None:
         for part, values in self.identity.items():
@@ -1391,7 +1396,9 @@ def train(run: Run) -> bool:
             loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
             rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
             flops = flops_per_token(model.config, tokens // len(labels), passes=2 if frozen else 3)
-            run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, 0 if finite else run.skipped + 1
+            # With a finite loss, a gradient that is not was only scaled too far: the scale is halved, and all is well.
+            skipped = not finite and not (math.isfinite(loss) and run.scaler.get_scale() > 1)
+            run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, run.skipped + 1 if skipped else 0
             run.write(step=run.step, stage=stage, tokens=run.tokens, loss=loss if finite else None,
                       lr=learning_rate(run.step - 1, recipe), grad_norm=grad_norm if finite else None,
                       tokens_per_second=round(rate), mfu=round(rate * flops / peak, 4))
@@ -1482,7 +1489,7 @@ VALIDATION_CHATS = 0.05  # of the conversations, and at most 256 of them [C]
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a file with one JSON object a line; empty lines are passed over."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # -sig: perhaps with a mark in front
     except FileNotFoundError as error:
         raise DanubeError(f"{path} does not exist") from error
     except UnicodeDecodeError as error:
@@ -1509,7 +1516,9 @@ def check_turns(messages: object, fold_system: bool) -> list[dict[str, str]]:
         raise DanubeError('"messages" must be a list of at least one {"role": .., "content": ..}')
     if fold_system and messages[0].get("role") == "system" and len(messages) > 1:
         system, user, *rest = messages
-        messages = [{**user, "content": f"{system.get('content')}\n\n{user.get('content')}"}, *rest]
+        if not isinstance(system.get("content"), str) or not isinstance(user.get("content"), str):
+            raise DanubeError("the system message, or the user's after it, has no text as its content")
+        messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[i % 2]
         if message.get("role") == "system":
@@ -1563,7 +1572,8 @@ def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch
     counted as if all rows were as long as the longest; what is read in fact is in metrics.jsonl."""
     longest, batch_size = max(row.shape[1] for row in rows), min(batch_size, len(rows))
     micro_batches = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
-    stages = tuple(Stage(f"epoch {i + 1}", len(rows) * longest, {"chat": 1}) for i in range(epochs))
+    steps = -(-len(rows) // batch_size)  # of an epoch, rounded up: nothing is left out
+    stages = tuple(Stage(f"epoch {i + 1}", steps * batch_size * longest, {"chat": 1}) for i in range(epochs))
     return Recipe(stages, sequence_length=longest, tokens_per_step=batch_size * longest,
                   micro_batch_size=max(micro_batches, default=1),
                   learning_rate=(1e-4 if lora else 1e-5) * 1536 / config.hidden_size, weight_decay=0.0,
@@ -1582,7 +1592,7 @@ class ChatData:
         rows, self.summary = read_conversations(path, tokenizer, config.max_position_embeddings, fold_system)
         held_out = min(256, math.ceil(VALIDATION_CHATS * len(rows)))
         if len(rows) == held_out:
-            raise DanubeError(f"{path}: one conversation is too few: one more is needed to measure the loss on")
+            raise DanubeError(f"{path}: one usable conversation is too few: one more is needed to measure the loss on")
         rows = [rows[shuffled(i, len(rows), "split")] for i in range(len(rows))]
         self.held_out, self.rows = rows[:held_out], rows[held_out:]
         self.identity = {path.name: file_sha256(path), "fold_system": fold_system}
@@ -1674,6 +1684,7 @@ def save_adapter(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: di
               "target_modules": sorted({name.split(".")[-3] for name in adapters})}
     with atomic_folder(folder) as partial:
         (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (partial / "base.sha256").write_text(weights_sha256(base) + "\n")  # ours; peft passes it over
         write_tensors(partial, "adapter_model.safetensors",
                       {PEFT_PREFIX + name: weight for name, weight in adapters.items()}, trainer)
 
@@ -1682,9 +1693,11 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
     """Put the adapters of a folder beside the matrices they were made for."""
     config, linears = read_json(folder / "adapter_config.json"), layer_linears(model)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+                                    "alora_invocation_tokens")
                    if config.get(name)]
-    if config.get("peft_type") != "LORA" or unsupported or not isinstance(rank, int) or rank < 1 or not alpha:
+    plain = type(rank) is int and 1 <= rank <= model.config.intermediate_size and type(alpha) in (int, float)
+    if config.get("peft_type") != "LORA" or unsupported or not plain or not math.isfinite(alpha):
         reason = ", ".join(unsupported) or "its peft_type, r or lora_alpha"
         raise DanubeError(f"{folder / 'adapter_config.json'} is no plain LoRA, for {reason}: only that can be read")
     weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_tensors(folder / "adapter_model.safetensors")}
@@ -1767,8 +1780,9 @@ def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[
 def answer_chat_quiz(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> str:
     """Answer {"messages", "answer"} questions in free text: right is an answer that holds the given one, as words."""
     for number, question in enumerate(questions, start=1):
-        if not isinstance(question.get("messages"), list) or not isinstance(question.get("answer"), str):
-            raise DanubeError(f'question {number} lacks "messages", or an "answer" that is text')
+        turns, answer = check_turns(question.get("messages"), fold_system=False), question.get("answer")
+        if len(turns) % 2 == 0 or not isinstance(answer, str) or not answer:
+            raise DanubeError(f'question {number} must end with the user, and have an "answer" that is text')
     answers, right = free_answers(model, tokenizer, [question["messages"] for question in questions]), {}
     for question, (text, _) in zip(questions, answers):
         turn = (len(question["messages"]) + 1) // 2
@@ -2267,8 +2281,12 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     verify_digests(folder)
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
-            raise DanubeError(f"{folder} holds adapters to {base}, which is no checkpoint: put its folder back there")
+        if not isinstance(base, str) or not Path(base).is_dir():
+            raise DanubeError(f"{folder} holds adapters to {base}, which is no folder here: put that folder back")
+        made_for = folder / "base.sha256"
+        if made_for.is_file() and made_for.read_text().strip() != weights_sha256(find_checkpoint(base)):
+            raise DanubeError(f"{folder} holds adapters to what was once in {base}; other weights are there now: put "
+                              "the old ones back")
         model, tokenizer = load_checkpoint(base, device, dtype, pack)
         return load_adapter(model, folder).eval(), tokenizer
     config, scheme = read_config(folder), read_scheme(folder)
@@ -2289,30 +2307,43 @@ def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData
     """What a run has come to: curves, a few words from a model that continues text, and the quiz where there is one."""
     if curves := plot_curves(out, data.recipe):
         print(f"curves in {curves}")
-    prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
-    for seed in range(2) if isinstance(data, StagedData) else ():
-        ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
-        print(f"--- a sample\n{tokenizer.decode(ids)}")
-    if quiz.is_file():
-        print(f"--- quiz on facts it was never asked about: {answer_quiz(model, tokenizer, quiz)}")
+    with autocast(model.device):  # adapters over a base in half precision need it
+        for seed in range(2) if isinstance(data, StagedData) else ():
+            prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
+            ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
+            print(f"--- a sample\n{tokenizer.decode(ids)}")
+        if quiz.is_file():
+            print(f"--- {quiz}: {answer_quiz(model, tokenizer, quiz)}")
 
 
 class Conversation:
     """A dialogue with a model, of which the newest exchanges are remembered, as many as the context holds.
 
-    Kept as ids, exactly those that the model read and wrote, so that the cache of one answer serves the next.
+    Kept as the ids that the model read and wrote, so that the cache of one answer serves the next; only an answer that
+    was cut gets the </s> that it lacks.
     """
 
     def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: float | None) -> None:
         self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
         self.exchanges: list[list[int]] = []          # ids of a question and its answer
         self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
+        self.ended = True                             # by itself, the last answer
         context = model.config.max_position_embeddings
         self.room = context - min(max_new_tokens, context // 4)  # for the dialogue up to the answer
         self.kv_cache = KVCache(model.config, 1, context, model.dtype, model.device)
 
     def reset(self) -> None:
         self.exchanges, self.messages, self.kv_cache.length = [], [], 0
+
+    def save(self, path: str) -> None:
+        """Add the dialogue to a file, as a line that train.py --chat can read."""
+        if not path or not self.messages:
+            raise DanubeError("/save takes the name of a file" if not path else "nothing has been said yet")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}) + "\n")
+        except OSError as error:
+            raise DanubeError(f"{path} cannot be written: {error}") from error
 
     def ask(self, text: str) -> tuple[list[int], int]:
         """Make room for a question. -> its ids, and how many of the oldest exchanges had to be forgotten"""
@@ -2340,15 +2371,16 @@ class Conversation:
             pieces.append(decoder.finish())
             yield pieces[-1]
         finally:
-            self.exchanges.append([*question, *new] + [eos] * (new[-1:] != [eos]))
+            self.ended = new[-1:] == [eos]
+            self.exchanges.append([*question, *new] + [eos] * (not self.ended))
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
 def talk(conversation: Conversation) -> None:
     """Read questions from standard input, one a line, and print the answers."""
-    interactive = sys.stdin.isatty()
-    sys.stdin.reconfigure(errors="replace")
-    if interactive:
+    if sys.stdin is None:
+        raise DanubeError("--chat reads questions from standard input, which is closed: open it")
+    if interactive := sys.stdin.isatty():
         print("/reset begins anew, /save FILE adds the conversation to a file, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
@@ -2357,8 +2389,7 @@ def talk(conversation: Conversation) -> None:
             if command == "/reset":
                 conversation.reset()
             elif command == "/save":
-                with open(name.strip(), "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"messages": conversation.messages}) + "\n")
+                conversation.save(name.strip())
             elif line:
                 question, forgotten = conversation.ask(line)
                 if forgotten:
@@ -2366,14 +2397,14 @@ def talk(conversation: Conversation) -> None:
                 with contextlib.closing(conversation.answer(question)) as pieces:
                     for piece in pieces:
                         print(piece, end="", flush=True)
-                print()
+                print("" if conversation.ended else f" (cut after {conversation.max_new_tokens} tokens)")
         except EOFError:
             return
         except KeyboardInterrupt:
             if not interactive:
                 raise
             print()
-        except (DanubeError, OSError) as error:
+        except DanubeError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -2421,6 +2452,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a program; what the user can mend ends in one line and exit code 2."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # bytes that are no text, characters that the terminal lacks
     try:
         sys.exit(main())
     except DanubeError as error:

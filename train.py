@@ -42,6 +42,8 @@ def arguments():
             parser.error(f"{action.option_strings[0]} {'cannot go together with' if args.chat else 'needs'} --chat")
     if args.chat and not args.init or args.merge and not args.lora:
         parser.error("--merge needs --lora" if args.init else "--chat needs --init, the model to start from")
+    if args.merge and args.merge.exists() or args.lora and args.dry_run:
+        parser.error(f"{args.merge} already exists" if args.merge else "--dry-run plans a training without --lora only")
     return args
 
 
@@ -64,6 +66,7 @@ def pretraining(args, base):
     batches, model = danube3.StagedData(data, recipe), danube3.Danube3(config).init_weights(recipe.seed)
     if base:
         model, tokenizer = danube3.load_checkpoint(base, dtype=torch.float32)
+        model = danube3.merge_lora(model)
         if model.config != config or tokenizer.sha256 != data.tokenizer.sha256:
             raise danube3.DanubeError(f"--init {base} is no {name} with the tokenizer of {folder}: choose another")
     return model, data.tokenizer, batches
@@ -102,7 +105,8 @@ def main():
         print(f"interrupted, and saved; go on with: python train.py {shlex.join([*again, '--resume'])}")
         return 130
     if args.merge:
-        danube3.save_checkpoint(args.merge, danube3.dense(danube3.merge_lora(model)), tokenizer)
+        whole = danube3.dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
+        danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)
     folder = args.chat.parent if args.chat else data.data.folder
     danube3.report_run(model.eval(), tokenizer, data, out, folder / ("chat-quiz.jsonl" if args.chat else "quiz.jsonl"))
     print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))

@@ -27,7 +27,7 @@ import danube3  # noqa: E402
 
 CONFIG = danube3.DanubeConfig(
     hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=32, initializer_range=0.03, vocab_size=4096, max_position_embeddings=512,
+    head_dim=32, initializer_range=0.03, vocab_size=1024, max_position_embeddings=512,
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def llama_cpp_quantize(source, out, file_type):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/bench-quantize"))
-    parser.add_argument("--tokens", type=danube3.token_count, default=1_500_000)
+    parser.add_argument("--tokens", type=danube3.token_count, default=2_500_000)
     parser.add_argument("--samples", type=int, default=256, help="rows to calibrate GPTQ with")
     parser.add_argument("--rows", type=int, default=200, help="rows to measure with")
     args = parser.parse_args()

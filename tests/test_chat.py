@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,7 +130,7 @@ def test_batches_of_conversations(tokenizer, chat_file):
     data = danube3.ChatData(chat_file, tokenizer, dataclasses.replace(TINY, max_position_embeddings=256), 3, 5)
     recipe = data.recipe
     assert len(data.rows) == 38 and len(data.held_out) == 2 and recipe.rows_per_step == 5
-    assert recipe.total_steps == round(38 * 3 / 5) and [s.name for s in recipe.stages] == [
+    assert recipe.total_steps == 24 and [s.name for s in recipe.stages] == [
         "epoch 1",
         "epoch 2",
         "epoch 3",
@@ -283,7 +285,10 @@ def test_peft_opens_our_adapters_and_we_open_its(base, tokenizer, tmp_path):
         ({"peft_type": "IA3"}, "no plain LoRA"),
         ({"r": "x"}, "no plain LoRA"),
         ({"r": 5}, "does not fit"),
-        ({"base_model_name_or_path": "/nowhere"}, "adapters to /nowhere, which is no checkpoint"),
+        ({"r": True}, "no plain LoRA"),
+        ({"lora_alpha": "16"}, "no plain LoRA"),
+        ({"lora_alpha": math.nan}, "no plain LoRA"),
+        ({"base_model_name_or_path": "/nowhere"}, "adapters to /nowhere, which is no folder here"),
         ({"base_model_name_or_path": None}, "adapters to None"),
     ],
 )
@@ -371,6 +376,33 @@ def test_compute_type_of_a_gpu(capability, dtype, monkeypatch):
     assert danube3.compute_dtype(torch.device("cpu")) == danube3.compute_dtype(torch.device("mps")) == torch.float32
 
 
+def test_adapters_know_their_base(long_base, tokenizer, tmp_path):
+    """Another model under the name of the base is noticed."""
+    model, _ = danube3.load_checkpoint(long_base)
+    danube3.save_adapter(tmp_path / "adapter", danube3.add_lora(model, 2, 0), tokenizer, base=long_base)
+    danube3.load_checkpoint(tmp_path / "adapter")
+    shutil.rmtree(long_base)
+    danube3.save_checkpoint(long_base, random_model(model.config, seed=5), tokenizer)
+    with pytest.raises(danube3.DanubeError, match="other weights are there now"):
+        danube3.load_checkpoint(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_over_half_precision_to_the_end(dtype, long_base, chat_file, tmp_path, monkeypatch):
+    """The whole command as on a GPU: train, merge, answer the quiz; the merged model in the base's own precision."""
+    monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
+    write_jsonl(tmp_path / "chat-quiz.jsonl", [{"messages": messages_of(TALKS[0])[:1], "answer": "Marrow"}])
+    flags = ("--chat", chat_file, "--init", long_base, "--lora", 2, "--merge", tmp_path / "merged", "--batch-size", 1)
+    with monkeypatch.context() as patch:  # `call` runs train.py against this very module
+        patch.setitem(sys.modules, "danube3", danube3)
+        result = call("train.py", *flags, "--out", tmp_path / "run")
+    assert result.returncode == 0 and "of 1 right in turn 1" in result.stdout, result.stderr
+    merged, adapted = (danube3.load_checkpoint(tmp_path / name)[0] for name in ("merged", "run"))
+    ids = torch.randint(0, 330, (1, 9))
+    assert merged.dtype == torch.float32
+    torch.testing.assert_close(merged(ids), adapted(ids), rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision_base_keeps_an_fp32_stream(tokenizer):
     """Adapters over a bf16 base: matrices bf16, everything between them fp32."""
     model = danube3.add_lora(random_model(TINY, dtype=torch.bfloat16), 2, 0)
@@ -390,7 +422,7 @@ def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     assert result.returncode == 0, result.stderr
     assert re.search(r"50 conversations, [\d,]+ tokens, [\d,]+ of them in answers; 0 cut", result.stdout)
     assert re.search(
-        r"quiz on .* \d of 3 right in turn 1 \(.*%\), \d of 3 right in turn 2 .* end by themselves", result.stdout
+        r"chat-quiz.jsonl: \d of 3 right in turn 1 \(.*%\), \d of 3 right in turn 2 .* end by themselves", result.stdout
     )
     again = call(*common, "--out", tmp_path / "full", "--resume")  # nothing left to do
     assert again.returncode == 0 and re.search(r"3/3", again.stderr)
@@ -398,7 +430,7 @@ def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     assert result.returncode == 0, result.stderr
     folder = danube3.find_checkpoint(tmp_path / "lora")
     assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "trainer.pt", "SHA256SUMS"
+        "adapter_config.json", "adapter_model.safetensors", "base.sha256", "trainer.pt", "SHA256SUMS"
     }  # fmt: skip
     ids = torch.randint(0, 1024, (1, 20))
     adapted, merged = (danube3.load_checkpoint(tmp_path / name)[0] for name in ("lora", "merged"))
@@ -483,7 +515,7 @@ def test_nothing_to_learn(long_base, tmp_path):
     flags = ("--init", long_base, "--out", tmp_path / "out")
     assert "no conversation has an answer" in one_line_error(call("train.py", "--chat", path, *flags))
     write_jsonl(path, [{"messages": messages_of(TALKS[0])}])
-    assert "one conversation is too few" in one_line_error(call("train.py", "--chat", path, *flags))
+    assert "one usable conversation is too few" in one_line_error(call("train.py", "--chat", path, *flags))
 
 
 def test_warm_start_of_pretraining(toy_data, tmp_path):
@@ -570,7 +602,7 @@ def test_an_interrupted_answer_stays_in_the_dialogue(tokenizer):
 def test_talking_through_a_pipe(long_base, tmp_path):
     result = subprocess.run(
         [sys.executable, "sample.py", long_base, "--chat", "--max-new-tokens", "5", "--temperature", "0"],
-        input=f"Hello\n\n/save {tmp_path / 'a.jsonl'}\n/reset\nHello\n/save /nowhere/b\n{'word ' * 300}\n\udcffHello\n",
+        input=f"Hello\n\n/save {tmp_path / 'a.jsonl'}\n/reset\nHello\n/save /nowhere/b\n{'word ' * 300}\n/save\n\udcffHello\n",  # noqa: E501
         cwd=ROOT, text=True, capture_output=True, errors="surrogateescape", timeout=120,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -580,7 +612,8 @@ def test_talking_through_a_pipe(long_base, tmp_path):
         "content"
     ] == "Hello"
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2 and "/nowhere/b" in errors[0] and "shorten it" in errors[1]
+    assert len(errors) == 3 and "/nowhere/b cannot be written" in errors[0] and "shorten it" in errors[1]
+    assert "name of a file" in errors[2]
     assert result.stdout.startswith(saved[0]["messages"][1]["content"].split("\n")[0])
 
 
@@ -653,7 +686,10 @@ def test_scores_of_the_chat_quiz(answers, score, tokenizer, tmp_path, monkeypatc
     text = danube3.answer_quiz(random_model(TINY), tokenizer, path)
     assert text.startswith(score) and text.endswith("66.7% of the answers end by themselves")
     write_jsonl(path, [{"messages": one}])
-    with pytest.raises(danube3.DanubeError, match="question 1 lacks"):
+    with pytest.raises(danube3.DanubeError, match="question 1 must end with the user, and have"):
+        danube3.answer_quiz(random_model(TINY), tokenizer, path)
+    write_jsonl(path, [{"messages": messages_of(TALKS[0]), "answer": "x"}])
+    with pytest.raises(danube3.DanubeError, match="question 1 must end with the user"):
         danube3.answer_quiz(random_model(TINY), tokenizer, path)
 
 
