@@ -1819,9 +1819,12 @@ def answer_quiz(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> str:
 # ======================================================================================================================
 
 GROUP = 32  # weights that share a scale in int4, and in GGUF files
-# Bits of each part of the model. In an int4 model the head stays at 8 [C]: tests/bench_quantize.py measures why.
-SCHEMES = {8: {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
-           4: {"model.embed_tokens": 4, "model.layers": 4, "lm_head": 8}}
+# Bits of each part of the model [C]. Of embedding and head, which are of one size, an int4 model keeps one at 8: when
+# it is rounded to nearest the head; with GPTQ, which does much for a head and nothing for an embedding, the other.
+# tests/bench_quantize.py measures it.
+SCHEMES = {"int8": {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
+           "int4": {"model.embed_tokens": 4, "model.layers": 4, "lm_head": 8},
+           "int4 GPTQ": {"model.embed_tokens": 8, "model.layers": 4, "lm_head": 4}}
 
 
 def as_stored(scales: Tensor) -> Tensor:
@@ -1905,7 +1908,7 @@ class QuantizedLinear(nn.Module):
             scales = torch.empty(out_features, in_features // GROUP)
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales.half())
-        self.packed: tuple[Tensor, Tensor] | None = None
+        self.packed: tuple[Tensor, ...] | None = None
 
     @property
     def weight(self) -> Tensor:  # [out, in], fp32
@@ -1917,7 +1920,7 @@ class QuantizedLinear(nn.Module):
         if self.codes.device.type != "cpu" or self.out_features % 16:
             return
         if self.bits == 8 and hasattr(torch, "_weight_int8pack_mm"):
-            self.packed = self.codes, torch.ones(self.out_features, dtype=torch.bfloat16)
+            self.packed = self.codes, self.scales.bfloat16()
         elif self.bits == 4 and hasattr(torch, "_weight_int4pack_mm_for_cpu"):
             codes = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(self.codes).int(), 1)
             scales = self.scales.T.bfloat16()  # [K/32, N]; beside each a value to add, of which there is none
@@ -1929,7 +1932,7 @@ class QuantizedLinear(nn.Module):
             return DequantizedMatmul.apply(x, self.codes, self.scales)
         rows = x.reshape(-1, self.in_features).bfloat16()
         if self.bits == 8:
-            y = torch._weight_int8pack_mm(rows, *self.packed) * self.scales  # [rows, out]; scaled in fp32
+            y = torch._weight_int8pack_mm(rows, *self.packed)
         else:
             y = torch._weight_int4pack_mm_for_cpu(rows, self.packed[0], GROUP, self.packed[1])
         return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -1989,10 +1992,10 @@ def search_scales(groups: Tensor, importance: Tensor) -> Tensor:
     return best
 
 
-def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor, Tensor]:
     """weight [N, K], hessian [K, K] (any multiple of it) -> codes uint8 [N, K], scales fp16 [N, K / 32]
 
-    `damping`, a share of the mean of the diagonal, keeps an input that hardly occurred from dictating to the others.
+    `damping` [C], a share of the mean of the diagonal, keeps inputs that hardly occurred from overruling the others.
     """
     weight, K = weight.float().clone(), weight.shape[1]
     hessian = hessian.float() + torch.eye(K, device=hessian.device) * (damping * hessian.diagonal().mean() + 1e-12)
@@ -2013,38 +2016,43 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.01) -> tuple[Tensor
     return codes, scales.half()
 
 
+def gram(x: Tensor) -> Tensor:
+    """Sum of x x^T over all vectors of x [.., K] -> [K, K], fp32"""
+    x = x.flatten(0, -2).float()
+    return x.T @ x
+
+
 @torch.no_grad()
 def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
-    """Quantize the matrices of all layers with calibration rows [N, T], in place (as quantized and dequantized again).
+    """Quantize layers and head with calibration rows [N, T], in place (as quantized and dequantized again).
     -> name: (codes, scales)
 
     The inputs that a matrix is calibrated on come from the already quantized ones before it: later layers make up for
-    the errors of earlier ones. Matrices that read the same input share its hessian.
+    the errors of earlier ones. Matrices that read the same input share its hessian. The embedding stays at int8.
     """
     decoder, done = model.model, {}
+
+    def quantize(name: str, module: nn.Module, hessian: Tensor) -> None:
+        codes, scales = gptq(module.weight, hessian)
+        done[name] = pack_int4(codes), scales
+        module.weight.copy_(dequantize(*done[name]))
+
+    decoder.embed_tokens.weight.copy_(dequantize(*quantize_int8(decoder.embed_tokens.weight)))
     cos, sin = rotary_table(0, rows.shape[1], model.config.head_dim, model.config.rope_theta, model.device)
     streams = [decoder.embed_tokens(part.to(model.device)) for part in rows.split(batch_size)]  # each [B, T, D]
     inputs = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
     for number, layer in enumerate(tqdm(decoder.layers, desc="GPTQ", unit="layer")):
         for names in inputs:
-            hessian = 0.0
-
-            def add(module: nn.Module, args: tuple[Tensor]) -> None:
-                nonlocal hessian
-                x = args[0].flatten(0, 1).float()  # [B T, K]
-                hessian = hessian + x.T @ x
-
-            handle = layer.get_submodule(names[0]).register_forward_pre_hook(add)
+            seen = []  # x^T x of each batch
+            handle = layer.get_submodule(names[0]).register_forward_pre_hook(lambda _, args: seen.append(gram(args[0])))
             for stream in streams:
                 layer(stream, cos, sin, None)
             handle.remove()
             for name in names:
-                linear = layer.get_submodule(name)
-                codes, scales = gptq(linear.weight, hessian)
-                done[f"model.layers.{number}.{name}"] = pack_int4(codes), scales
-                linear.weight.copy_(dequantize(pack_int4(codes), scales))
+                quantize(f"model.layers.{number}.{name}", layer.get_submodule(name), sum(seen))
         streams = [layer(stream, cos, sin, None) for stream in streams]
+    quantize("lm_head", model.lm_head, sum(gram(decoder.norm(stream)) for stream in streams))
     return done
 
 
@@ -2081,15 +2089,17 @@ def write_in_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]], part_byt
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def quantize_folder(source: Path, out: Path, bits: int, layers: dict[str, tuple[Tensor, Tensor]],
+def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Tensor, Tensor]],
                     part_bytes: int = 2 ** 29) -> list[tuple[str, int, int, float, float]]:
-    """Quantize a checkpoint into the folder `out`, tensor by tensor: those in `layers` are done already (gptq_model),
-    the others are rounded to nearest. -> for each: name, bits, bytes, largest and mean error"""
+    """Quantize a checkpoint into the folder `out`, tensor by tensor, so that memory never holds the whole: `done` are
+    those that gptq_model has quantized, the others are rounded to nearest. -> for each: name, bits, bytes, largest and
+    mean error"""
+    scheme = SCHEMES["int4 GPTQ" if done else f"int{bits}"]
     verify_digests(source)
     config, report = read_config(source), []
     if read_scheme(source):
         raise DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
-    tokenizer, scheme, needed = read_tokenizer(source, config), SCHEMES[bits], count_parameters(config) * (bits + 1) / 8
+    tokenizer, needed = read_tokenizer(source, config), count_parameters(config) * (bits + 1) / 8
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     if (space := shutil.disk_usage(existing).free) < needed:
         raise DanubeError(f"{out} needs {needed / 1e9:.2f} GB, and {space / 1e9:.2f} are free: make room on the disk")
@@ -2100,7 +2110,7 @@ def quantize_folder(source: Path, out: Path, bits: int, layers: dict[str, tuple[
             if not (tensor_bits := bits_of(module, scheme)):
                 yield name, weight.float()
                 continue
-            codes, scales = layers.get(module) or quantize_tensor(name, weight, tensor_bits)
+            codes, scales = done.get(module) or quantize_tensor(name, weight, tensor_bits)
             error = (dequantize(codes, scales) - weight.float()).abs()
             report.append((module, tensor_bits, codes.nbytes + scales.nbytes, error.amax().item(), error.mean().item()))
             yield f"{module}.codes", codes
@@ -2165,7 +2175,7 @@ def stored_tensors(model: Danube3) -> Iterator[tuple[str, Tensor]]:
     """All that a model holds, packed or not."""
     for name, module in model.named_modules():
         packed = getattr(module, "packed", None)
-        own = [*module._parameters.values(), *module._buffers.values()] if packed is None else list(packed)
+        own = [*module._parameters.values(), *module._buffers.values()] if packed is None else packed
         yield from ((name, tensor) for tensor in own if tensor is not None)
 
 

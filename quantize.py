@@ -16,7 +16,7 @@ def arguments():
     parser.add_argument("--bits", type=int, choices=[8, 4], help="8: a scale for each row; 4: one for every 32 weights")
     parser.add_argument("--out", type=Path, help="the folder to write")
     parser.add_argument("--calibrate", metavar="DATA", help="token shards or a text file: use GPTQ (with --bits 4)")
-    parser.add_argument("--samples", type=danube3.positive, default=128, help="rows of DATA to calibrate with")
+    parser.add_argument("--samples", type=danube3.positive, default=512, help="rows of DATA to calibrate with")
     parser.add_argument("--report", metavar="DATA", help="compare bf16, int8 and int4 on the validation part of DATA")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="write the checkpoint as a GGUF file for llama.cpp")
     parser.add_argument("--device", default="auto", help="where GPTQ runs: auto, cpu, cuda, cuda:1, mps")
@@ -30,12 +30,12 @@ def arguments():
 
 def quantize(source, out, bits, args):
     """-> the lines of the table of errors"""
-    layers = {}
+    done = {}
     if args.calibrate and bits == 4:
         model, tokenizer = danube3.load_checkpoint(source, danube3.pick_device(args.device), torch.float32)
         rows = danube3.sample_rows(args.calibrate, tokenizer, model.config, "train", args.samples)
-        layers = danube3.gptq_model(model, rows)
-    return danube3.quantize_folder(source, out, bits, layers)
+        done = danube3.gptq_model(model, rows)
+    return danube3.quantize_folder(source, out, bits, done)
 
 
 def report(source, folders, data):

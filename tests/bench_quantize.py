@@ -95,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/bench-quantize"))
     parser.add_argument("--tokens", type=danube3.token_count, default=2_500_000)
-    parser.add_argument("--samples", type=int, default=256, help="rows to calibrate GPTQ with")
+    parser.add_argument("--samples", type=int, default=1024, help="rows to calibrate GPTQ with")
     parser.add_argument("--rows", type=int, default=200, help="rows to measure with")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -106,22 +106,25 @@ def main():
     base = math.exp(danube3.mean_loss(model, rows, rows, 8))
     print(f"{danube3.count_parameters(CONFIG):,} parameters, {rows.numel():,} tokens; fp32 perplexity {base:.4f}")
 
-    layers = danube3.gptq_model(danube3.load_checkpoint(source)[0], calibration)
-    head4, embed8 = ({**danube3.SCHEMES[4], name: bits} for name, bits in (("lm_head", 4), ("model.embed_tokens", 8)))
-    folders = {
-        "int8": (8, None, {}), "int4 round to nearest": (4, None, {}), "int4 GPTQ": (4, None, layers),
-        "int4 GPTQ, head at 4": (4, head4, layers), "int4 GPTQ, embedding at 8": (4, embed8, layers),
-    }  # fmt: skip
-    for name, (bits, scheme, found) in folders.items():
-        folder, kept = args.out / name.replace(" ", "-").replace(",", ""), dict(danube3.SCHEMES[bits])
+    done = danube3.gptq_model(danube3.load_checkpoint(source)[0], calibration)
+    for name, (bits, found) in {"int8": (8, {}), "int4": (4, {}), "int4 GPTQ": (4, done)}.items():
+        folder = args.out / name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
-        danube3.SCHEMES[bits].update(scheme or {})
         danube3.quantize_folder(source, folder, bits, found)
         quantized, _ = danube3.load_checkpoint(folder)
-        danube3.SCHEMES[bits].update(kept)
         size = sum(tensor.nbytes for _, tensor in danube3.stored_tensors(quantized))
         perplexity = math.exp(danube3.mean_loss(quantized, rows, rows, 8))
         print(f"ours       {name:28}{size:>12,} bytes  perplexity {perplexity:9.4f}  {perplexity / base - 1:+.3%}")
+    for embedding, head in ((8, 8), (8, "GPTQ"), (4, 8), (4, "GPTQ"), (8, 4), (4, 4)):
+        mixed, _ = danube3.load_checkpoint(source)
+        how = {"model.embed_tokens": embedding, "lm_head": head}
+        for name, module in mixed.named_modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+                bits = how.get(name, "GPTQ")
+                pair = done[name] if bits == "GPTQ" else danube3.quantize_tensor(name, module.weight, bits)
+                module.weight.data.copy_(danube3.dequantize(*pair))
+        change = math.exp(danube3.mean_loss(mixed, rows, rows, 8)) / base - 1
+        print(f"layers by GPTQ; embedding rounded to {embedding} bits, head {head}: {change:+.3%}")
     prompt = rows[0, :16].tolist()
     for name, folder in (("f16", source), ("q8_0", args.out / "int8"), ("q4_0", args.out / "int4-GPTQ")):
         path = args.out / f"ours-{name}.gguf"

@@ -527,7 +527,7 @@ def group_scale(group, importance):
     return best
 
 
-def gptq(weight, hessian, damping=0.01):
+def gptq(weight, hessian, damping=0.05):
     """GPTQ by its definition (optimal brain surgeon, one column at a time): round column i, move the others to where
     the error that remains is smallest, take column i out of the inverse hessian. No Cholesky factor, no blocks.
 

@@ -153,10 +153,13 @@ def test_gptq_of_a_model_takes_its_inputs_from_quantized_layers():
         "mlp.up_proj": "mlp.gate_proj",
     }
     done = danube3.gptq_model(model, rows, batch_size=4)
-    assert list(done) == [f"model.layers.{i}.{name}" for i in range(2) for name in order]
+    embedding = expected.model.embed_tokens.weight.data
+    embedding.copy_(danube3.dequantize(*danube3.quantize_int8(embedding)))
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    assert list(done) == [f"model.layers.{i}.{name}" for i in range(2) for name in order] + ["lm_head"]
     hessians = {}
     for name, (codes, scales) in done.items():
-        short = ".".join(name.rsplit(".", 2)[1:])
+        short = ".".join(name.rsplit(".", 2)[-2:])
         if short not in shares:
             seen = []
             hook = expected.get_submodule(name).register_forward_pre_hook(
