@@ -1253,12 +1253,12 @@ def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_siz
 class Run:
     """A run folder: metrics.jsonl, with a line for every step, and the newest checkpoint, from which the run can go on.
 
-    `data` is anything with a recipe, batch(step), validation_rows() and identity. What makes a run this run
+    `data` is StagedData, or anything else with its recipe, batch(step), validation_rows() and identity. What makes a run this run
     (configuration, recipe, data, `base`: the folder that the weights came from) must be the same when it is resumed.
     `write_model(folder, model, tokenizer, trainer, dtype)` writes a checkpoint: save_checkpoint or save_adapter.
     """
 
-    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData", resume: bool,
+    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: StagedData, resume: bool,
                  base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
         self.out, self.model, self.tokenizer, self.data, self.write_model = out, model, tokenizer, data, write_model
         self.optimizer, self.device = make_optimizer(model, data.recipe), model.device

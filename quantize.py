@@ -1,7 +1,6 @@
 """Quantize a Danube3: `python quantize.py out/toy-chat --bits 4 --calibrate data/toy --out out/toy-chat-int4`."""
 
 import math
-import sys
 import tempfile
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def main():
             for bits in {4, 8} - {args.bits}:
                 quantize(source, folders[f"int{bits}"], bits, args)
             report(source, folders, args.report)
-    print(f"try: python sample.py {args.out}", file=sys.stdout)
+    print(f"try: python sample.py {args.out}")
 
 
 if __name__ == "__main__":
