@@ -1253,8 +1253,9 @@ def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_siz
 class Run:
     """A run folder: metrics.jsonl, with a line for every step, and the newest checkpoint, from which the run can go on.
 
-    `data` is StagedData, or anything else with its recipe, batch(step), validation_rows() and identity. What makes a run this run
-    (configuration, recipe, data, `base`: the folder that the weights came from) must be the same when it is resumed.
+    `data` is StagedData, or anything else with its recipe, batch(step), validation_rows() and identity. What makes a
+    run this run (configuration, recipe, data, `base`: the folder that the weights came from) must be the same when it
+    is resumed.
     `write_model(folder, model, tokenizer, trainer, dtype)` writes a checkpoint: save_checkpoint or save_adapter.
     """
 
