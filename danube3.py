@@ -654,7 +654,10 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     sum (1.0: all), at least one: few where the model is sure, many where it is not.
     """
     logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow, however small the temperature
-    probabilities, order = (logits / max(temperature, 1e-30)).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
+    if top_k == 0 and top_p >= 1.0:  # sorting a vocabulary of 32,000 would take a tenth of a token's time
+        return probabilities
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
     if top_k:
         keep[:, top_k:] = False
@@ -905,11 +908,14 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     return tokenizer
 
 
-def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None) -> None:
+def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None,
+                 filled: Callable[[nn.Module], None] = lambda module: None) -> None:
     """Fill a model without memory of its own (on torch's "meta" device) with the tensors of a folder, one by one, so
     that loading needs the size of the weights once. Weights in `dtype`, or as the first of them is stored; what is
-    not called a weight (codes and scales of section 12) as it is."""
-    expected, weights = dict(model.state_dict()), {}
+    not called a weight (codes and scales of section 12) as it is. `filled` is called with each module that has got the
+    last of its tensors."""
+    expected = dict(model.state_dict())
+    missing = set(expected)
     for name, weight in read_weights(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
             continue
@@ -923,10 +929,15 @@ def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dty
                               f"{', '.join(DTYPES) if plain else expected[name].dtype} can be read")
         dtype = dtype or (weight.dtype if plain else None)
         # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
-        weights[name] = weight.to(device, dtype if plain else None, copy=True)
-    if missing := expected.keys() - weights.keys():
+        weight = weight.to(device, dtype if plain else None, copy=True)
+        owner, _, own_name = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module.load_state_dict({own_name: weight}, strict=False, assign=True)
+        missing.discard(name)
+        if not any(tensor.is_meta for tensor in module.state_dict().values()):
+            filled(module)
+    if missing:
         raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
-    model.load_state_dict(weights, assign=True)
 
 
 # ======================================================================================================================
@@ -1923,9 +1934,10 @@ class QuantizedLinear(nn.Module):
         if self.bits == 8 and hasattr(torch, "_weight_int8pack_mm"):
             self.packed = self.codes, self.scales.bfloat16()
         elif self.bits == 4 and hasattr(torch, "_weight_int4pack_mm_for_cpu"):
-            codes = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(self.codes).int(), 1)
+            for rows in self.codes.split(256):  # in place and in parts: as int32 they take eight times the memory
+                rows.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack_int4(rows).int(), 1))
             scales = self.scales.T.bfloat16()  # [K/32, N]; beside each a value to add, of which there is none
-            self.packed = codes, torch.stack((scales, torch.zeros_like(scales)), dim=-1)
+            self.packed = self.codes, torch.stack((scales, torch.zeros_like(scales)), dim=-1)
             self.codes = self.scales = None
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
@@ -2210,16 +2222,9 @@ def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
     return torch.cat((scales.contiguous().view(torch.uint8).unflatten(1, (-1, 2)), blocks), dim=2).flatten(1).numpy()
 
 
-def write_gguf(source: Path, path: Path) -> None:
-    """Write a checkpoint as a GGUF file: Q8_0 and Q4_0 as it is quantized, F16 if it is not."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise DanubeError("writing GGUF takes the package gguf: pip install gguf") from error
-    verify_digests(source)
-    config, partial, codes = read_config(source), path.with_name(f"{path.name}.partial"), {}
-    writer = gguf.GGUFWriter(partial, "llama")
-    describe_for_gguf(writer, config, read_tokenizer(source, config), read_scheme(source))
+def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.ndarray, str]]:
+    """The tensors of a checkpoint one by one, as a GGUF file holds them: name, values or blocks, type"""
+    codes = {}
     for name, tensor in read_weights(source):
         module, _, kind = name.rpartition(".")
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -2228,14 +2233,35 @@ def write_gguf(source: Path, path: Path) -> None:
         if kind == "codes":  # stored just before its scales
             codes[module] = tensor
         elif kind == "scales":
-            format = gguf.GGMLQuantizationType.Q8_0 if tensor.dim() == 1 else gguf.GGMLQuantizationType.Q4_0
-            writer.add_tensor(gguf_name(f"{module}.weight"), gguf_blocks(codes.pop(module), tensor), raw_dtype=format)
+            blocks = gguf_blocks(codes.pop(module), tensor)
+            yield gguf_name(f"{module}.weight"), blocks, "Q8_0" if tensor.dim() == 1 else "Q4_0"
+        elif tensor.dim() == 1:
+            yield gguf_name(name), tensor.float().numpy(), "F32"
         else:
-            writer.add_tensor(gguf_name(name), tensor.to(torch.float32 if tensor.dim() == 1 else torch.float16).numpy())
+            yield gguf_name(name), tensor.half().numpy(), "F16"
+
+
+def write_gguf(source: Path, path: Path) -> None:
+    """Write a checkpoint as a GGUF file: Q8_0 and Q4_0 as it is quantized, F16 if it is not. Tensors are read twice,
+    since the file begins with the list of them, and memory never holds the whole."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise DanubeError("writing GGUF takes the package gguf: pip install gguf") from error
+    verify_digests(source)
+    config, partial = read_config(source), path.with_name(f"{path.name}.partial")
+    writer = gguf.GGUFWriter(partial, "llama")
+    describe_for_gguf(writer, config, read_tokenizer(source, config), read_scheme(source))
+    for name, values, kind in gguf_tensors(source, config):
+        raw_dtype = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=raw_dtype)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file(progress=sys.stderr.isatty())
+        writer.write_ti_data_to_file()
+        tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
+        for _, values, _ in tensors:
+            writer.write_tensor_data(values)
         writer.close()
         sync(partial)
         partial.replace(path)
@@ -2306,11 +2332,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     with torch.device("meta"):
         model = Danube3(config)
         model = use_scheme(model, scheme, dtype) if scheme else model
-    load_weights(model, folder, device, dtype)
-    if pack:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.pack()
+    packable = QuantizedLinear if pack else ()
+    load_weights(model, folder, device, dtype, lambda module: module.pack() if isinstance(module, packable) else None)
     return model.eval(), read_tokenizer(folder, config)
 
 
