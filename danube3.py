@@ -43,6 +43,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property
@@ -54,6 +55,7 @@ import safetensors
 import safetensors.torch
 import sentencepiece
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -553,12 +555,19 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    recompute = False  # True: keep only the layer's input for the backward pass, and compute the layer again there
+
     def __init__(self, config: DanubeConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm, self.self_attn = RMSNorm(config), Attention(config, layer)
         self.post_attention_layernorm, self.mlp = RMSNorm(config), MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
+        if self.recompute and torch.is_grad_enabled():
+            return recompute(self.residuals, x, cos, sin, kv_cache, use_reentrant=False)
+        return self.residuals(x, cos, sin, kv_cache)
+
+    def residuals(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -843,12 +852,33 @@ def write_tensors(folder: Path, name: str, weights: dict[str, Tensor], trainer: 
         raise DanubeError(f"{folder} could not be written ({reason}): make room on the disk") from error
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are: 0 and 1 unless torchrun has started them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model, on the CPU. If processes share it, all must call this, and the first gets them."""
+    from torch.distributed.checkpoint import state_dict  # takes two seconds to import
+    whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dict.get_model_state_dict(model, options=whole)
+
+
 def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: dict | None = None,
                     dtype: torch.dtype = torch.float32) -> None:
     """Write a whole checkpoint, with weights in `dtype`; `trainer` is what a resumed run needs besides them."""
+    weights = whole_weights(model)
+    if processes()[0]:
+        return
     with atomic_folder(folder) as partial:
         write_config(partial, model.config, tokenizer, dtype)
-        weights = {name: weight.to("cpu", dtype).contiguous() for name, weight in model.state_dict().items()}
+        weights = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
         write_tensors(partial, "model.safetensors", weights, trainer)
 
 
@@ -908,12 +938,8 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     return tokenizer
 
 
-def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None,
-                 filled: Callable[[nn.Module], None] = lambda module: None) -> None:
-    """Fill a model without memory of its own (on torch's "meta" device) with the tensors of a folder, one by one, so
-    that loading needs the size of the weights once. Weights in `dtype`, or as the first of them is stored; what is
-    not called a weight (codes and scales of section 12) as it is. `filled` is called with each module that has got the
-    last of its tensors."""
+def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder one by one, if their names, shapes and types are those of `model`."""
     expected = dict(model.state_dict())
     missing = set(expected)
     for name, weight in read_weights(folder):
@@ -923,21 +949,32 @@ def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dty
             shape = tuple(expected[name].shape) if name in expected else None
             raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, {shape}: copy "
                               "both files again")
-        plain = name.endswith(".weight")
-        if weight.dtype not in (DTYPES.values() if plain else (expected[name].dtype,)):
+        types = list(DTYPES.values()) if name.endswith(".weight") else [expected[name].dtype]
+        if weight.dtype not in types:
             raise DanubeError(f"{folder}: {name} is stored as {weight.dtype}: only "
-                              f"{', '.join(DTYPES) if plain else expected[name].dtype} can be read")
-        dtype = dtype or (weight.dtype if plain else None)
-        # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
-        weight = weight.to(device, dtype if plain else None, copy=True)
-        owner, _, own_name = name.rpartition(".")
-        module = model.get_submodule(owner)
-        module.load_state_dict({own_name: weight}, strict=False, assign=True)
+                              f"{', '.join(map(str, types))} can be read")
         missing.discard(name)
-        if not any(tensor.is_meta for tensor in module.state_dict().values()):
-            filled(module)
+        yield name, weight
     if missing:
         raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
+
+
+def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None,
+                 filled: Callable[[nn.Module], None] = lambda module: None) -> None:
+    """Fill a model without memory of its own (on torch's "meta" device) with the tensors of a folder, one by one, so
+    that loading needs the size of the weights once. Weights in `dtype`, or as the first of them is stored; what is
+    not called a weight (codes and scales of section 12) as it is. `filled` is called with each module that has got the
+    last of its tensors."""
+    for name, weight in checked_weights(folder, model):
+        owner, _, own_name = name.rpartition(".")
+        if own_name == "weight":
+            dtype = dtype or weight.dtype
+        # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
+        weight = weight.to(device, dtype if own_name == "weight" else None, copy=True)
+        module = model.get_submodule(owner)
+        module.load_state_dict({own_name: weight}, strict=False, assign=True)
+        if not any(tensor.is_meta for tensor in module.state_dict().values()):
+            filled(module)
 
 
 # ======================================================================================================================
@@ -1018,6 +1055,8 @@ class TokenData:
                               "sizes\", has the lines that do it), or name their folder with --data; --dry-run shows "
                               "the plan without data")
         self.meta, self.sequence_length, self.config = read_json(self.folder / "meta.json"), sequence_length, config
+        if not isinstance(self.meta.get("sources"), dict) or not self.meta["sources"]:
+            raise DanubeError(f"{self.folder / 'meta.json'} names no sources: make the data again")
         self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
         if self.tokenizer.sha256 != self.meta.get("tokenizer_sha256"):
             raise DanubeError(f"{self.folder / 'tokenizer.model'} is not the tokenizer that the shards were made with "
@@ -1031,11 +1070,10 @@ class TokenData:
         return file_sha256(self.folder / "meta.json")
 
     def open(self, name: str, split: str) -> TokenSource:
-        sources = self.meta.get("sources")
-        sources = sources if isinstance(sources, dict) else {}
+        sources = self.meta["sources"]
         if name not in sources:
-            raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only "
-                              f"{', '.join(sources) or 'none'}: make the data again with that source")
+            raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only {', '.join(sources)}: "
+                              "make the data again with that source")
         counts = sources[name].get(split) if isinstance(sources[name], dict) else None
         if not isinstance(counts, list) or not all(isinstance(c, int) and 0 < c < 2 ** 60 for c in counts):
             raise DanubeError(f"{self.folder / 'meta.json'} has no list of token counts for source {name!r}, {split}: "
@@ -1196,6 +1234,36 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def share_model(model: Danube3, device: torch.device) -> Danube3:
+    """Put a model on the device; where there are several processes, give each a part of every weight, and so of its
+    gradient and moments (FSDP2). A layer is gathered just before it computes and dropped after; layers compute on
+    gathered weights in the compute type, gradients are summed in fp32."""
+    ranks = processes()[1]
+    if ranks == 1:
+        return model.to(device)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if (dtype := compute_dtype(device)) == torch.float16:
+        raise DanubeError("several GPUs need bf16, and these compute in fp16 only: train on one of them")
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(device.type, (ranks,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)  # what is left: embedding, last norm, head
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part, in full. Others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def in_any_process(condition: bool, device: torch.device) -> bool:
+    if processes()[1] == 1:
+        return condition
+    count = torch.tensor(int(condition), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
 def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 10) -> float:
     """The best rate at which this device multiplies two square matrices in its compute type, in operations a second."""
     size = size if device.type == "cpu" else 4 * size
@@ -1220,28 +1288,34 @@ def micro_batches(input_ids: Tensor, labels: Tensor, size: int,
     """Cut rows [N, T] into pieces of at most `size` rows, each no longer than it must be, on the model's device."""
     for ids, targets in zip(input_ids.split(size), labels.split(size)):
         length = max(1, int(used_lengths(targets).amax()))
-        yield ids[:, :length].to(device), targets[:, :length].to(device)
+        yield ids[:, :length].to(device, non_blocking=True), targets[:, :length].to(device, non_blocking=True)
 
 
 def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor, recipe: Recipe,
                step: int, scaler: torch.amp.GradScaler | None = None) -> tuple[float, float]:
     """One optimizer step on input_ids and labels [rows, T]. -> loss per labelled token, norm of the whole gradient
 
-    The loss is divided by the labels of the whole step, so that the number of micro-batches does not change it. If loss
-    or gradient is not finite, the weights are left as they are. fp16 has no numbers below 6e-8, where many gradients
-    lie: `scaler` multiplies the loss, and so all of them, and divides again before they are used.
+    The loss is divided by the labels of the whole step, so that the number of micro-batches does not change it, nor
+    that of processes, each of which takes every n-th row. If loss or gradient is not finite, the weights are left as
+    they are. fp16 has no numbers below 6e-8, where many gradients lie: `scaler` multiplies the loss, and so all of
+    them, and divides again before they are used.
     """
-    device = model.device
+    device, (rank, ranks) = model.device, processes()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     labelled = (labels[:, 1:] != IGNORE).sum().clamp(min=1).to(device)
     loss = torch.zeros((), device=device)
-    for ids, targets in micro_batches(input_ids, labels, recipe.micro_batch_size, device):
+    batches = list(micro_batches(input_ids[rank::ranks], labels[rank::ranks], recipe.micro_batch_size, device))
+    for ids, targets in batches:
+        if ranks > 1:  # gradients are exchanged once, after the last
+            model.set_requires_gradient_sync(ids is batches[-1][0])
         with autocast(device):
             part = model(ids, targets) / labelled
-        scaler.scale(part).backward()
+        scaler.scale(part * ranks).backward()  # the exchange takes the mean over processes, and we want the sum
         loss += part.detach()
+    if ranks > 1:
+        dist.all_reduce(loss)
     scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+    grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, recipe)
     if torch.isfinite(loss + grad_norm):
@@ -1280,19 +1354,33 @@ class Run:
                          "start": {"weights": weights_sha256(base) if base else None}}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype(self.device) == torch.float16)
         self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
+        self.saved = None  # the step of the newest checkpoint
+        self.check_processes()
         if (out / "config.json").exists():
             raise DanubeError(f"{out} is a checkpoint, not a run folder: choose another --out")
         if resume:
             self.restore()
         elif checkpoints_in(out):
             raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.glob("step-*.partial"):  # of a run that was killed while it wrote or removed a checkpoint
-            shutil.rmtree(leftover)
-        self.log = self.open_log()
+        self.log = open(os.devnull, "w") if processes()[0] else self.open_log()  # only the first process writes
+
+    def check_processes(self) -> None:
+        """All processes must train the same thing, and share its rows evenly."""
+        rank, ranks = processes()
+        if self.data.recipe.rows_per_step % (ranks * self.data.recipe.micro_batch_size):
+            raise DanubeError(f"a step of {self.data.recipe.rows_per_step} rows cannot be shared evenly by {ranks} "
+                              f"processes, {self.data.recipe.micro_batch_size} rows at a time: lower "
+                              "--micro-batch-size, or make the step (--tokens-per-step, --batch-size) a multiple")
+        if ranks > 1:
+            identities = [None] * ranks
+            dist.all_gather_object(identities, json.dumps(self.identity))
+            if identities[rank] != identities[0]:
+                raise DanubeError(f"process {rank} was started with other flags or data than process 0: start all with "
+                                  "the same")
 
     def restore(self) -> None:
-        """Put the newest checkpoint into model and optimizer."""
+        """Put the newest checkpoint into model and optimizer, however many processes wrote it, or read it now."""
+        from torch.distributed.checkpoint import state_dict
         if not (checkpoints := checkpoints_in(self.out)):
             raise DanubeError(f"nothing to resume: {self.out} holds no complete checkpoint; leave --resume out")
         folder = checkpoints[-1]
@@ -1304,11 +1392,13 @@ class Run:
             shapes = [{name: tuple(w.shape) for name, w in each.items()} for each in (weights, self.trained_weights())]
             if shapes[0] != shapes[1]:
                 raise DanubeError(f"{folder} does not hold the weights that this run trains: choose another --out")
-            self.model.load_state_dict(weights, strict=False)  # copied into place; what is frozen stays as it is
-            self.optimizer.load_state_dict(trainer["optimizer"])
+            whole = state_dict.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen stays as it is
+            state_dict.set_model_state_dict(self.model, weights, options=whole)
+            state_dict.set_optimizer_state_dict(self.model, self.optimizer, trainer["optimizer"], options=whole)
             if trainer["scaler"]:  # nothing, where the checkpoint comes from a machine that needed no loss scale
                 self.scaler.load_state_dict(trainer["scaler"])
             self.step, self.tokens, self.skipped = (int(trainer[name]) for name in ("step", "tokens", "skipped"))
+            self.saved = self.step
         except FileNotFoundError as error:
             raise DanubeError(f"{folder} has no trainer.pt to go on from: choose another --out") from error
         except DanubeError:
@@ -1327,6 +1417,9 @@ class Run:
 
     def open_log(self) -> TextIO:
         """metrics.jsonl without what a resumed run will do again: lines after its step, and the evaluation at it."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for leftover in self.out.glob("step-*.partial"):  # of a run killed while it wrote or removed a checkpoint
+            shutil.rmtree(leftover)
         path, partial = self.out / "metrics.jsonl", self.out / "metrics.jsonl.partial"
         kept = []
         lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() and self.step else []
@@ -1345,33 +1438,45 @@ class Run:
         self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
 
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The data's, in memory that a GPU can read by itself while it computes."""
+        input_ids, labels = self.data.batch(step)
+        return (input_ids.pin_memory(), labels.pin_memory()) if self.device.type == "cuda" else (input_ids, labels)
+
     def trained_weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one; only then remove the one before."""
-        folder = self.out / f"step-{self.step:07d}"
-        if folder.is_dir():
+        """Write a checkpoint of this step, unless there is one; only then remove the one before. All processes gather,
+        the first one writes."""
+        from torch.distributed.checkpoint import state_dict
+        if self.saved == self.step:
             return
-        dtype, weights = compute_dtype(self.device), self.trained_weights()
+        whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         trainer = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "identity": self.identity,
-                   "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        if dtype != torch.float32 or len(weights) < len(self.model.state_dict()):  # not in the folder as they are here
-            trainer["master_weights"] = weights
-        os.fsync(self.log.fileno())
-        self.write_model(folder, self.model, self.tokenizer, trainer, dtype)
-        for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
+                   "optimizer": state_dict.get_optimizer_state_dict(self.model, self.optimizer, options=whole),
+                   "scaler": self.scaler.state_dict()}
+        dtype, trained = compute_dtype(self.device), self.trained_weights().keys()
+        if dtype != torch.float32 or len(trained) < len(self.model.state_dict()):  # not in the folder as they are here
+            trainer["master_weights"] = {name: w for name, w in whole_weights(self.model).items() if name in trained}
+        if first := processes()[0] == 0:
+            os.fsync(self.log.fileno())
+        self.write_model(self.out / f"step-{self.step:07d}", self.model, self.tokenizer, trainer, dtype)
+        self.saved = self.step
+        for old in checkpoints_in(self.out)[:-1] if first else ():  # renamed first: half of one must not look whole
             shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once."""
+    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once. (Under
+    torchrun, which passes on what the terminal has sent already, only torchrun itself stops at once.)"""
     requests: list[int] = []
 
     def request(signum: int, frame: object) -> None:
         requests.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if processes()[1] == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = signal.signal(signal.SIGINT, request)
     try:
@@ -1380,30 +1485,46 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def evaluate(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> str:
+    """Log the loss of each source's validation rows. -> the same as a line to show"""
+    recipe = run.data.recipe
+    stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
+    losses = {name: mean_loss(run.model, *rows, recipe.micro_batch_size) for name, rows in validation.items()}
+    run.write(step=run.step, stage=stage, tokens=run.tokens, val_loss=losses)
+    parts = (f"{name} {loss:.3f} ({math.exp(min(loss, 99)):,.1f})" for name, loss in losses.items())
+    return f"step {run.step}, validation loss (perplexity): {', '.join(parts)}"
+
+
 def train(run: Run) -> bool:
-    """Train to the end of the recipe, with losses on validation data before the first step and after each stage.
+    """Train to the end of the recipe. A checkpoint, and the loss on validation data, every `save_every` steps and after
+    each stage; that loss also before the first step. While a step computes, a thread reads the next batch.
 
     -> False if Ctrl-C ended it early; the run is saved then too."""
-    recipe, model, validation = run.data.recipe, run.model, run.data.validation_rows()
-    peak, frozen = measure_matmul_peak(run.device), len(run.trained_weights()) < len(model.state_dict())
-    trained = sum(weight.numel() for weight in run.trained_weights().values())
-    print(f"{trained:,} parameters to train, {recipe.total_steps:,} steps of {recipe.rows_per_step} rows on "
-          f"{run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
+    recipe, model, validation, (rank, ranks) = run.data.recipe, run.model, run.data.validation_rows(), processes()
+    peak, frozen = ranks * measure_matmul_peak(run.device), len(run.trained_weights()) < len(model.state_dict())
+    if rank == 0:
+        trained = sum(weight.numel() for weight in run.trained_weights().values())
+        print(f"{trained:,} parameters to train, {recipe.total_steps:,} steps of {recipe.rows_per_step} rows on "
+              f"{ranks} x {run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
     bar = tqdm(total=recipe.total_steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05,
-               mininterval=0.2 if sys.stderr.isatty() else 10)
-    with bar, interruptible() as requests:
+               mininterval=0.2 if sys.stderr.isatty() else 10, disable=rank > 0)
+    with bar, interruptible() as requests, ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(run.batch, run.step)
         while True:
-            if run.step == 0 or run.step in recipe.stage_ends:
-                stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
-                losses = {name: mean_loss(model, *rows, recipe.micro_batch_size) for name, rows in validation.items()}
-                run.write(step=run.step, stage=stage, tokens=run.tokens, val_loss=losses)
+            if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
+                if run.step:
+                    run.save()
+                line = evaluate(run, validation)
+                if rank == 0:
+                    bar.write(line)
             if run.step == recipe.total_steps:
                 return True
-            if requests:
+            if in_any_process(bool(requests), run.device):
                 run.save()
                 return False
             stage, start = recipe.stages[recipe.stage_at(run.step)].name, time.perf_counter()
-            input_ids, labels = run.data.batch(run.step)
+            input_ids, labels = upcoming.result()
+            upcoming = reader.submit(run.batch, min(run.step + 1, recipe.total_steps - 1))
             tokens = int(used_lengths(labels).sum())
             loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
             rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
@@ -1422,14 +1543,14 @@ def train(run: Run) -> bool:
             speed = f"{rate:,.0f} tokens/s, {rate * flops / peak:.0%} of peak"
             bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
             bar.update()
-            if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
-                run.save()
 
 
 def compile_model(model: Danube3) -> None:
-    """Have torch.compile fuse the model's small operations. On a CPU that takes a C++ compiler."""
+    """Have torch.compile fuse the small operations of each layer: one is compiled, and serves for all, since they are
+    alike. On a CPU that takes a C++ compiler."""
     if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        model.compile()
+        for layer in model.model.layers:
+            layer.compile()
     else:
         print("no C++ compiler found: going on without --compile", file=sys.stderr)
 
@@ -1688,7 +1809,9 @@ def save_adapter(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: di
                  dtype: torch.dtype = torch.float32, *, base: Path) -> None:
     """Write the adapters alone, in fp32 and in the layout of the package peft; `base` is the folder they belong to,
     and holds the rest."""
-    adapters = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+    adapters = {name: weight for name, weight in whole_weights(model).items() if ".lora_" in name}
+    if processes()[0]:
+        return
     linears = [linear for linear in layer_linears(model).values() if isinstance(linear, LoRALinear)]
     rank, scale = linears[0].lora_A.out_features, linears[0].scale
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.resolve()), "r": rank,
@@ -1827,7 +1950,7 @@ def answer_quiz(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> str:
 # steps; int4 gives every 32 weights a scale and each one of 16 steps. Writing one token means reading every weight
 # once, so a quarter of the bytes can be four times the speed. Rounding each weight to its nearest step is simple, and
 # at 8 bits enough; at 4 bits GPTQ does better: it rounds column by column, and lets the columns still to come make up
-# for the error just made. Both formats are those of GGUF files (Q8_0, Q4_0), value for value.
+# for the error just made. What both formats can hold, GGUF files can hold too (as Q8_0 and Q4_0), value for value.
 # ======================================================================================================================
 
 GROUP = 32  # weights that share a scale in int4, and in GGUF files
@@ -1840,7 +1963,8 @@ SCHEMES = {"int8": {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
 
 
 def as_stored(scales: Tensor) -> Tensor:
-    """Scales under 2^-14 as fp16 will hold them, with few digits or none, so that the codes are made for that."""
+    """Scales under 2^-14 as fp16 will hold them, with few digits or none, so that the codes are made for that. Larger
+    ones, of which fp16 loses little, as they are: GGUF's own codes are made for unrounded scales."""
     return torch.where(scales.abs() < 2 ** -14, scales.half().float(), scales)
 
 
@@ -1988,18 +2112,20 @@ def read_scheme(folder: Path) -> dict[str, int] | None:
 
 # GPTQ (arXiv 2210.17323). For a linear layer y = W x, an error E of W costs the mean of |E x|^2, which is the trace of
 # E H E^T with H = mean of x x^T over the calibration data. Rounding column i of W makes an error in that column; the
-# best answer of the columns after it is to move by -error / U_ii * U_i, with U the upper Cholesky factor of H^-1.
+# best answer of the columns after it is to move by -error / U_ii * U_i, with U the upper Cholesky factor of H^-1. What
+# the error costs after that answer is its square times 1 / U_ii^2: the importance of column i.
 
 def search_scales(groups: Tensor, importance: Tensor) -> Tensor:
     """The scale of each group that makes its error, weighted by importance, smallest. groups [N, 32], importance [32]
-    -> [N]. Tried are quantize_int4's own, 0.6 to 1.2 times it, with either sign; then the best is fitted."""
+    -> [N]. Tried are 0.6 to 1.2 times quantize_int4's own and -0.7 to -1.3 times it (which puts the largest weight on
+    the side of the seven steps) [C], each of them fitted to the codes that it makes."""
     largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))  # [N, 1]
     best, lowest = largest[:, 0] / -8, torch.full_like(largest[:, 0], math.inf)
     for factor in torch.cat((torch.linspace(0.6, 1.2, 25), torch.linspace(-1.3, -0.7, 25))).tolist():
-        scales = largest / -8 * factor
+        scales = as_stored(largest / -8 * factor)
         steps = (groups * inverse(scales) + 0.5).floor().clamp(-8, 7)      # [N, 32]
         fitted = (importance * groups * steps).sum(1) * inverse((importance * steps * steps).sum(1))  # least squares
-        fitted = as_stored(fitted).half().float()
+        fitted = fitted.half().float()
         error = (importance * (groups - fitted[:, None] * steps) ** 2).sum(1)
         best, lowest = torch.where(error < lowest, fitted, best), torch.minimum(error, lowest)
     return best
@@ -2029,6 +2155,16 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor
     return codes, scales.half()
 
 
+def check_quantizable(name: str, weight: Tensor) -> None:
+    if not weight.isfinite().all():
+        raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
+    if weight.dim() == 2 and weight.shape[1] % GROUP:
+        raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {GROUP}: only models whose "
+                          "sizes are can be quantized")
+    if (largest := weight.abs().amax().item()) > 2 ** 18:  # / 8 or / 127 must be a number of fp16
+        raise DanubeError(f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
+
+
 def gram(x: Tensor) -> Tensor:
     """Sum of x x^T over all vectors of x [.., K] -> [K, K], fp32"""
     x = x.flatten(0, -2).float()
@@ -2046,10 +2182,14 @@ def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, t
     decoder, done = model.model, {}
 
     def quantize(name: str, module: nn.Module, hessian: Tensor) -> None:
+        if not hessian.isfinite().all():
+            raise DanubeError(f"the inputs of {name} grow beyond fp32 on the calibration data: leave --calibrate out")
         codes, scales = gptq(module.weight, hessian)
-        done[name] = pack_int4(codes), scales
-        module.weight.copy_(dequantize(*done[name]))
+        module.weight.copy_(dequantize(pack_int4(codes), scales))
+        done[name] = pack_int4(codes).cpu(), scales.cpu()
 
+    for name, weight in model.named_parameters():
+        check_quantizable(name, weight)
     decoder.embed_tokens.weight.copy_(dequantize(*quantize_int8(decoder.embed_tokens.weight)))
     cos, sin = rotary_table(0, rows.shape[1], model.config.head_dim, model.config.rope_theta, model.device)
     streams = [decoder.embed_tokens(part.to(model.device)) for part in rows.split(batch_size)]  # each [B, T, D]
@@ -2057,27 +2197,26 @@ def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, t
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
     for number, layer in enumerate(tqdm(decoder.layers, desc="GPTQ", unit="layer")):
         for names in inputs:
-            seen = []  # x^T x of each batch
-            handle = layer.get_submodule(names[0]).register_forward_pre_hook(lambda _, args: seen.append(gram(args[0])))
+            first = layer.get_submodule(names[0])
+            hessian = torch.zeros(first.in_features, first.in_features, device=model.device)
+
+            def add(_: nn.Module, args: tuple[Tensor], hessian: Tensor = hessian) -> None:
+                hessian.add_(gram(args[0]))
+
+            handle = first.register_forward_pre_hook(add)
             for stream in streams:
                 layer(stream, cos, sin, None)
             handle.remove()
             for name in names:
-                quantize(f"model.layers.{number}.{name}", layer.get_submodule(name), sum(seen))
-        streams = [layer(stream, cos, sin, None) for stream in streams]
+                quantize(f"model.layers.{number}.{name}", layer.get_submodule(name), hessian)
+        for i, stream in enumerate(streams):
+            streams[i] = layer(stream, cos, sin, None)
     quantize("lm_head", model.lm_head, sum(gram(decoder.norm(stream)) for stream in streams))
     return done
 
 
-def quantize_tensor(name: str, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_tensor(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """One matrix, rounded to nearest. -> codes and scales, as QuantizedLinear has them"""
-    if not weight.isfinite().all():
-        raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
-    if weight.shape[1] % GROUP:
-        raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {GROUP}: only models whose "
-                          "sizes are can be quantized")
-    if (largest := weight.abs().amax().item()) > 2 ** 18:  # / 8 or / 127 must be a number of fp16
-        raise DanubeError(f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
     codes, scales = quantize_int8(weight) if bits == 8 else quantize_int4(weight)
     return (codes, scales) if bits == 8 else (pack_int4(codes), scales)
 
@@ -2112,18 +2251,23 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
     config, report = read_config(source), []
     if read_scheme(source):
         raise DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
+    if source.resolve() == out.with_name(f"{out.name}.partial").resolve():
+        raise DanubeError(f"{out} would be written in {source} first: choose another place")
     tokenizer, needed = read_tokenizer(source, config), count_parameters(config) * (bits + 1) / 8
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    existing = next(parent for parent in [*out.absolute().parents, Path()] if parent.exists())
+    with torch.device("meta"):
+        model = Danube3(config)
     if (space := shutil.disk_usage(existing).free) < needed:
         raise DanubeError(f"{out} needs {needed / 1e9:.2f} GB, and {space / 1e9:.2f} are free: make room on the disk")
 
     def quantized() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in read_weights(source):
+        for name, weight in checked_weights(source, model):
+            check_quantizable(name, weight)
             module = name.removesuffix(".weight")
             if not (tensor_bits := bits_of(module, scheme)):
                 yield name, weight.float()
                 continue
-            codes, scales = done.get(module) or quantize_tensor(name, weight, tensor_bits)
+            codes, scales = done.get(module) or quantize_tensor(weight, tensor_bits)
             error = (dequantize(codes, scales) - weight.float()).abs()
             report.append((module, tensor_bits, codes.nbytes + scales.nbytes, error.amax().item(), error.mean().item()))
             yield f"{module}.codes", codes
@@ -2149,7 +2293,7 @@ def dense(model: Danube3) -> Danube3:
 
 
 def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, split: str, count: int) -> Tensor:
-    """Up to `count` rows [N, T] of ids to calibrate ("train") or measure ("val") with: evenly from all sources of a
+    """About `count` rows [N, T] of ids to calibrate ("train") or measure ("val") with: as many from each source of a
     data folder, or from a text file, whose last tenth is "val". T is half of the context, at most 2,048 [C]."""
     length = min(config.max_position_embeddings // 2, 2_048)
     if Path(data).is_dir():
@@ -2171,25 +2315,27 @@ def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, sp
     return ids[:len(ids) // length * length].view(-1, length)[:count]
 
 
-def measure_decoding(model: Danube3, tokens: int = 32) -> tuple[float, float]:
-    """Tokens a second, one at a time after a prompt of 8, and the bytes of weights read for them a second."""
-    prompt = torch.full((1, 8), model.config.bos_token_id, device=model.device)
-    best = math.inf
+@torch.no_grad()
+def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
+    """Tokens a second, one at a time after a prompt of 8, and the bytes of weights read for them a second; the best of
+    three times."""
+    next_ids, best = torch.full((1, 8), model.config.bos_token_id, device=model.device), math.inf
     for _ in range(3):
-        steps = generate_tokens(model, prompt, tokens + 1, temperature=1.0, seed=0)
-        next(steps)
+        kv_cache = KVCache(model.config, 1, 8 + tokens, model.dtype, model.device)
+        model.model(next_ids.expand(1, 8), kv_cache)
         start = time.perf_counter()
-        count = sum(1 for _ in steps)
-        best = min(best, (time.perf_counter() - start) / max(1, count))
+        for _ in range(tokens):
+            next_ids = model.lm_head(model.model(next_ids[:, -1:], kv_cache)[:, -1]).argmax(-1, keepdim=True)  # [1, 1]
+        next_ids.item()  # waits for the device
+        best = min(best, (time.perf_counter() - start) / tokens)
     return 1 / best, sum(t.nbytes for name, t in stored_tensors(model) if "embed_tokens" not in name) / best
 
 
 def stored_tensors(model: Danube3) -> Iterator[tuple[str, Tensor]]:
     """All that a model holds, packed or not."""
     for name, module in model.named_modules():
-        packed = getattr(module, "packed", None)
-        own = [*module._parameters.values(), *module._buffers.values()] if packed is None else packed
-        yield from ((name, tensor) for tensor in own if tensor is not None)
+        own = getattr(module, "packed", None) or [*module.parameters(False), *module.buffers(False)]
+        yield from ((name, tensor) for tensor in own)
 
 
 # A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
@@ -2224,12 +2370,16 @@ def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
 
 def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.ndarray, str]]:
     """The tensors of a checkpoint one by one, as a GGUF file holds them: name, values or blocks, type"""
-    codes = {}
-    for name, tensor in read_weights(source):
+    codes, scheme = {}, read_scheme(source)
+    with torch.device("meta"):
+        model = Danube3(config)
+        model = use_scheme(model, scheme) if scheme else model
+    for name, tensor in checked_weights(source, model):
         module, _, kind = name.rpartition(".")
+        tensor = rows_for_gguf(name, tensor.half() if kind == "weight" and tensor.dim() == 2 else tensor, config)
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise DanubeError(f"{source}: {name} holds values that are not finite: take an earlier checkpoint")
-        tensor = rows_for_gguf(name, tensor, config)
+            raise DanubeError(f"{source}: {name} holds values that are not finite, or not in fp16: take an earlier "
+                              "checkpoint")
         if kind == "codes":  # stored just before its scales
             codes[module] = tensor
         elif kind == "scales":
@@ -2238,7 +2388,7 @@ def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.n
         elif tensor.dim() == 1:
             yield gguf_name(name), tensor.float().numpy(), "F32"
         else:
-            yield gguf_name(name), tensor.half().numpy(), "F16"
+            yield gguf_name(name), tensor.numpy(), "F16"
 
 
 def write_gguf(source: Path, path: Path) -> None:
@@ -2248,6 +2398,8 @@ def write_gguf(source: Path, path: Path) -> None:
         import gguf
     except ImportError as error:
         raise DanubeError("writing GGUF takes the package gguf: pip install gguf") from error
+    if path.is_dir() or not path.parent.is_dir():
+        raise DanubeError(f"{path} is a folder, or lies in none that exists: name a file")
     verify_digests(source)
     config, partial = read_config(source), path.with_name(f"{path.name}.partial")
     writer = gguf.GGUFWriter(partial, "llama")
@@ -2474,14 +2626,25 @@ def positive(text: str) -> int:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """'auto' is the first of cuda, mps and cpu that is there."""
+    """'auto' is the first of cuda, mps and cpu that is there; processes of torchrun take a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         (zero := torch.zeros(1, device=name)).item()
         return zero.device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise DanubeError(f"device {name!r} is not available here: use --device auto") from error
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes that torchrun has started, if it has."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -2490,7 +2653,10 @@ def run_command(main: Callable[[], int | None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # bytes that are no text, characters that the terminal lacks
     try:
-        sys.exit(main())
+        code = main()
+        if processes()[1] > 1:
+            dist.destroy_process_group()
+        sys.exit(code)
     except DanubeError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except torch.OutOfMemoryError as error:

@@ -15,30 +15,47 @@ def arguments():
     parser.add_argument("--bits", type=int, choices=[8, 4], help="8: a scale for each row; 4: one for every 32 weights")
     parser.add_argument("--out", type=Path, help="the folder to write")
     parser.add_argument("--calibrate", metavar="DATA", help="token shards or a text file: use GPTQ (with --bits 4)")
-    parser.add_argument("--samples", type=danube3.positive, default=512, help="rows of DATA to calibrate with")
+    parser.add_argument("--samples", type=danube3.positive, help="about so many rows of DATA to calibrate with [512]")
     parser.add_argument("--report", metavar="DATA", help="compare bf16, int8 and int4 on the validation part of DATA")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="write the checkpoint as a GGUF file for llama.cpp")
-    parser.add_argument("--device", default="auto", help="where GPTQ runs: auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--device", help="where GPTQ runs: auto, cpu, cuda, cuda:1, mps [auto]")
     args = parser.parse_args()
     if bool(args.gguf) == bool(args.bits) or bool(args.bits) != bool(args.out):
         parser.error("give --bits and --out to quantize, or --gguf to write a GGUF file")
     if (args.calibrate or args.report) and args.gguf or args.calibrate and args.bits == 8:
         parser.error("--calibrate goes with --bits 4, and --report with --bits")
+    if (args.samples or args.device) and not args.calibrate:
+        parser.error("--samples and --device are for --calibrate")
     return args
+
+
+def check(source, args):
+    """Refuse what could not end well, before hours of work."""
+    if (source / "adapter_config.json").is_file():
+        raise danube3.DanubeError(f"{source} holds adapters: make one model of them and their base, with train.py "
+                                  "--merge, and take that")
+    if args.out and args.out.exists():
+        raise danube3.DanubeError(f"{args.out} already exists: remove it first, or choose another --out")
+    if args.out and danube3.read_scheme(source):
+        raise danube3.DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
+    if args.report:
+        config = danube3.read_config(source)
+        danube3.sample_rows(args.report, danube3.read_tokenizer(source, config), config, "val", 1)
 
 
 def quantize(source, out, bits, args):
     """-> the lines of the table of errors"""
     done = {}
     if args.calibrate and bits == 4:
-        model, tokenizer = danube3.load_checkpoint(source, danube3.pick_device(args.device), torch.float32)
-        rows = danube3.sample_rows(args.calibrate, tokenizer, model.config, "train", args.samples)
+        model, tokenizer = danube3.load_checkpoint(source, danube3.pick_device(args.device or "auto"), torch.float32)
+        rows = danube3.sample_rows(args.calibrate, tokenizer, model.config, "train", args.samples or 512)
         done = danube3.gptq_model(model, rows)
     return danube3.quantize_folder(source, out, bits, done)
 
 
 def report(source, folders, data):
-    """The report's table of quantization (its figures for Q8_0 and Q4_K_M), for this model and this text."""
+    """The report's table of quantization (its figures for Q8_0 and Q4_K_M), for this model and this text; `change` is
+    against the first row."""
     print(f"\n{'':8}{'bytes':>16}{'bits/weight':>13}{'perplexity':>12}{'change':>9}{'tokens/s':>10}{'GB/s':>7}  quiz")
     first = None
     for name, folder in folders.items():
@@ -58,11 +75,13 @@ def report(source, folders, data):
 def main():
     args = arguments()
     source = danube3.find_checkpoint(args.checkpoint)
+    check(source, args)
     if args.gguf:
         danube3.write_gguf(source, args.gguf)
         print(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes")
         return
     lines = quantize(source, args.out, args.bits, args)
+    # Errors of the weights. GPTQ makes those larger, to make the errors of the outputs smaller.
     print(f"{'tensor':40}{'bits':>5}{'bytes':>14}{'largest error':>15}{'mean error':>12}")
     for name, bits, size, largest, mean in lines:
         print(f"{name:40}{bits:>5}{size:>14,}{largest:>15.2e}{mean:>12.2e}")

@@ -60,8 +60,9 @@ def pretraining(args, base):
     recipe, folder = recipe.scaled_to(args.tokens) if args.tokens else recipe, args.data or Path("data", name)
     if args.dry_run:
         sys.exit(print(danube3.describe_run(config, recipe)))
-    if name == "toy" and not args.data and not folder.exists():
+    if name == "toy" and not args.data and not folder.exists() and danube3.processes()[0] == 0:
         toy.make(folder)
+    danube3.wait_for_all()
     data = danube3.TokenData(folder, config, recipe.sequence_length)
     batches, model = danube3.StagedData(data, recipe), danube3.Danube3(config).init_weights(recipe.seed)
     if base:
@@ -91,24 +92,28 @@ def chat(args, base, device):
 def main():
     args = arguments()
     device = danube3.pick_device(args.device)
+    danube3.join_processes(device)
     base = danube3.find_checkpoint(args.init) if args.init else None
     model, tokenizer, data = chat(args, base, device) if args.chat else pretraining(args, base)
     if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
         raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
-    model.to(device).train()
     if args.compile:
         danube3.compile_model(model)
+    model = danube3.share_model(model, device).train()
     out = args.out or Path("out", f"{Path(args.init).name}-chat" if args.chat else args.config or "toy")
     write = functools.partial(danube3.save_adapter, base=base) if args.lora else danube3.save_checkpoint
     if not danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write)):
         again = [word for word in sys.argv[1:] if word != "--resume"]
         print(f"interrupted, and saved; go on with: python train.py {shlex.join([*again, '--resume'])}")
         return 130
+    if danube3.processes()[0]:
+        return 0  # the rest is the first process's work
     if args.merge:
         whole = danube3.dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
         danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)
     folder = args.chat.parent if args.chat else data.data.folder
-    danube3.report_run(model.eval(), tokenizer, data, out, folder / ("chat-quiz.jsonl" if args.chat else "quiz.jsonl"))
+    model = danube3.load_checkpoint(out, device)[0]
+    danube3.report_run(model, tokenizer, data, out, folder / ("chat-quiz.jsonl" if args.chat else "quiz.jsonl"))
     print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))
 
 

@@ -31,7 +31,7 @@ def prepare(out, name):
     for bits in (8, 4):
         if not (out / f"int{bits}").exists():
             head = danube3.safetensors.safe_open(out / "bf16" / "model.safetensors", "pt").get_tensor("lm_head.weight")
-            done = {} if bits == 8 else {"lm_head": danube3.quantize_tensor("lm_head", head, 4)}  # the bits of GPTQ
+            done = {} if bits == 8 else {"lm_head": danube3.quantize_tensor(head, 4)}  # the bits of GPTQ
             danube3.quantize_folder(out / "bf16", out / f"int{bits}", bits, done)
         if not (out / f"int{bits}.gguf").exists():
             danube3.write_gguf(out / f"int{bits}", out / f"int{bits}.gguf")

@@ -121,7 +121,7 @@ def main():
         for name, module in mixed.named_modules():
             if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
                 bits = how.get(name, "GPTQ")
-                pair = done[name] if bits == "GPTQ" else danube3.quantize_tensor(name, module.weight, bits)
+                pair = done[name] if bits == "GPTQ" else danube3.quantize_tensor(module.weight, bits)
                 module.weight.data.copy_(danube3.dequantize(*pair))
         change = math.exp(danube3.mean_loss(mixed, rows, rows, 8)) / base - 1
         print(f"layers by GPTQ; embedding rounded to {embedding} bits, head {head}: {change:+.3%}")

@@ -340,8 +340,7 @@ def test_resume_to_the_bit(lora, dtype, long_base, tokenizer, chat_file, tmp_pat
         assert not a.requires_grad or a.dtype == torch.float32
     lines = [json.loads(line) for line in (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in lines if "loss" in e] == list(range(1, 11))
-    checks = [e["val_loss"]["chat"] for e in lines if "val_loss" in e]
-    assert len(checks) == 3
+    assert [e["step"] for e in lines if "val_loss" in e] == [0, 3, 5, 6, 9, 10]
     skipped = [e["step"] for e in lines if "loss" in e and e["loss"] is None]
     assert len(skipped) < 4 and (not skipped or dtype == torch.float16)  # until the loss scale is small enough
     assert lines[-1]["tokens"] == whole.tokens < whole.data.recipe.total_steps * whole.data.recipe.tokens_per_step

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import time
 
 import gguf
 import numpy as np
@@ -56,11 +57,21 @@ def test_round_to_nearest_is_its_twin(seed, columns):
         assert (values[1] == 0).all() and np.isfinite(values).all()
 
 
+def test_codes_never_wrap_around():
+    """A scale that fp16 rounds down would ask for more steps than there are: 127, or 15, is the end."""
+    row = torch.full((1, 32), 1.4 * 2.0**-24)
+    assert (danube3.quantize_int8(127 * row)[0] == 127).all() and (danube3.quantize_int8(-127 * row)[0] == -127).all()
+    weight = -8 * row
+    weight[0, 1:] *= -1
+    codes, scales = danube3.quantize_int4(weight)
+    assert codes[0].tolist() == [0] + [15] * 31 and scales.item() == 2.0**-24
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_error_is_at_most_half_a_step(bits):
     """Also in rows whose scale fp16 can hardly hold; int4 clips one side of a group at 7 of -8 .. 7 steps."""
     weight = some_weight()
-    codes, scales = danube3.quantize_tensor("w", weight, bits)
+    codes, scales = danube3.quantize_tensor(weight, bits)
     error = (danube3.dequantize(codes, scales) - weight).abs()
     steps = scales.float().abs()[:, None] if bits == 8 else scales.float().abs().repeat_interleave(32, dim=1)
     slack = 2.0**-24 * (127 if bits == 8 else 8)  # of scales that are rounded to whole multiples of 2^-24
@@ -73,11 +84,11 @@ def test_blocks_are_those_of_gguf():
     weight = some_weight(64, 32)
     weight[2], weight[5] = weight[6], weight[0]  # fp16's subnormal scales are ours alone
     for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
-        blocks = danube3.gguf_blocks(*danube3.quantize_tensor("w", weight, bits))
+        blocks = danube3.gguf_blocks(*danube3.quantize_tensor(weight, bits))
         np.testing.assert_array_equal(blocks, gguf.quants.quantize(weight.numpy(), kind))
     wide = some_weight(16, 160)
     for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
-        codes, scales = danube3.quantize_tensor("w", wide, bits)
+        codes, scales = danube3.quantize_tensor(wide, bits)
         values = gguf.quants.dequantize(danube3.gguf_blocks(codes, scales), kind)
         np.testing.assert_array_equal(values, danube3.dequantize(codes, scales).numpy())
 
@@ -182,7 +193,7 @@ def test_gptq_of_a_model_takes_its_inputs_from_quantized_layers():
 @pytest.mark.parametrize("packed", [False, True])
 def test_quantized_linear_is_its_twin(bits, packed):
     """Plain: the product with the dequantized matrix; packed: the same to the precision of bf16."""
-    codes, scales = danube3.quantize_tensor("w", some_weight(48, 96), bits)
+    codes, scales = danube3.quantize_tensor(some_weight(48, 96), bits)
     linear = danube3.QuantizedLinear(48, 96, bits)
     linear.load_state_dict({"codes": codes, "scales": scales})
     unpacked = codes.numpy() if bits == 8 else reference.unpack_int4(codes.numpy())
@@ -198,7 +209,7 @@ def test_quantized_linear_is_its_twin(bits, packed):
 
 
 def test_the_gradient_goes_through_a_quantized_matrix():
-    codes, scales = danube3.quantize_tensor("w", some_weight(48, 96), 4)
+    codes, scales = danube3.quantize_tensor(some_weight(48, 96), 4)
     linear = danube3.QuantizedLinear(48, 96, 4)
     linear.load_state_dict({"codes": codes, "scales": scales})
     x, grad = torch.randn(5, 96, dtype=torch.float64, requires_grad=True), torch.randn(5, 48, dtype=torch.float64)
@@ -375,9 +386,20 @@ def test_what_cannot_be_quantized(tokenizer, even, tmp_path, monkeypatch):
         danube3.save_checkpoint(folder := tmp_path / f"bad{value}", model, tokenizer)
         line = one_line_error(call("quantize.py", folder, "--bits", 8, "--out", tmp_path / "q"))
         assert "model.layers.1.mlp.up_proj.weight" in line and words in line
+    line = one_line_error(
+        call("quantize.py", folder, "--bits", 4, "--out", tmp_path / "q", "--calibrate", tmp_path / "text.txt")
+    )
+    assert "neither a folder" in line
+    with pytest.raises(danube3.DanubeError, match=r"up_proj\.weight holds 3e\+06, too large"):
+        danube3.gptq_model(model, torch.randint(3, 330, (2, 8)))
+    with pytest.raises(danube3.DanubeError, match="not finite, or not in fp16"):
+        danube3.write_gguf(folder, tmp_path / "m.gguf")
+    assert not list(tmp_path.glob("m.gguf*"))
     danube3.quantize_folder(even, tmp_path / "done", 8, {})
     line = one_line_error(call("quantize.py", tmp_path / "done", "--bits", 4, "--out", tmp_path / "q"))
     assert "quantized already" in line
+    line = one_line_error(call("quantize.py", even, "--gguf", tmp_path / "done"))
+    assert "is a folder" in line
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     line = one_line_error(call("quantize.py", even, "--bits", 8, "--out", tmp_path / "q"))
@@ -391,3 +413,65 @@ def test_foreign_quantization_is_refused(config, even):
     (even / "SHA256SUMS").unlink()
     with pytest.raises(danube3.DanubeError, match="quantized in a way that is not ours"):
         danube3.load_checkpoint(even)
+
+
+def test_gptq_of_a_group_without_weights():
+    """Zeros and one number that is nearly zero: their scale is 0, and the rest of the row as if they were not there."""
+    weight, inputs = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)), torch.randn(200, 96)
+    weight[1, :32] = 0
+    hessian, plain = danube3.gram(inputs), danube3.gptq(weight, danube3.gram(inputs))
+    weight[1, 3] = 1e-40
+    codes, scales = danube3.gptq(weight, hessian)
+    assert scales.isfinite().all() and (scales[1, 0] == 0) and torch.equal(scales, plain[1])
+
+
+def test_norms_are_checked_too(even, tmp_path, tokenizer):
+    model = random_model(EVEN)
+    model.model.norm.weight.data[2] = math.nan
+    danube3.save_checkpoint(tmp_path / "nan", model, tokenizer)
+    for write in (
+        lambda: danube3.quantize_folder(tmp_path / "nan", tmp_path / "q", 4, {}),
+        lambda: danube3.write_gguf(tmp_path / "nan", tmp_path / "m.gguf"),
+    ):
+        with pytest.raises(danube3.DanubeError, match=r"model\.norm\.weight holds values that are not finite"):
+            write()
+    assert {path.name for path in tmp_path.iterdir()} == {"even", "nan"}
+
+
+def test_a_folder_that_is_not_whole(even, tmp_path):
+    """Refused before anything is written, by --bits and --gguf; a constant that old exports store is passed over."""
+    weights = safetensors.torch.load_file(even / "model.safetensors")
+    (even / danube3.DIGESTS).unlink()
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    safetensors.torch.save_file(weights | inv_freq, even / "model.safetensors")
+    danube3.quantize_folder(even, tmp_path / "old", 4, {})
+    danube3.write_gguf(even, tmp_path / "old.gguf")
+    assert len(gguf.GGUFReader(tmp_path / "old.gguf").tensors) == len(weights)
+    del weights["lm_head.weight"]
+    safetensors.torch.save_file(weights, even / "model.safetensors")
+    for write in (
+        lambda: danube3.quantize_folder(even, tmp_path / "q", 4, {}),
+        lambda: danube3.write_gguf(even, tmp_path / "m.gguf"),
+    ):
+        with pytest.raises(danube3.DanubeError, match=r"lacks 1 tensors, lm_head\.weight"):
+            write()
+    assert {path.name for path in tmp_path.iterdir()} == {"even", "old", "old.gguf"}
+
+
+def test_adapters_are_not_quantized(even, tmp_path, tokenizer):
+    model = danube3.add_lora(danube3.load_checkpoint(even)[0], 2, 0)
+    danube3.save_adapter(tmp_path / "lora", model, tokenizer, base=even)
+    for flags in (["--bits", "4", "--out", tmp_path / "q"], ["--gguf", tmp_path / "m.gguf"]):
+        assert "--merge" in one_line_error(call("quantize.py", tmp_path / "lora", *flags))
+
+
+def test_speed_is_counted_in_tokens_that_were_made(even):
+    """A model that would say </s> at once is measured all the same."""
+    model, _ = danube3.load_checkpoint(even)
+    model.lm_head.weight.data.zero_()
+    model.lm_head.weight.data[2] = 1.0
+    start = time.perf_counter()
+    speed, bandwidth = danube3.measure_decoding(model, tokens=16)
+    assert 3 * 16 / speed <= 1.5 * (time.perf_counter() - start)
+    weights = sum(p.nbytes for name, p in model.named_parameters() if "embed" not in name)
+    assert bandwidth == pytest.approx(speed * weights, rel=1e-6)
