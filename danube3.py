@@ -1327,12 +1327,16 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
 
 @torch.no_grad()
 def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_size: int) -> float:
-    """Loss per labelled token of rows [N, T]."""
-    device, total = model.device, 0.0
-    for ids, targets in micro_batches(input_ids, labels, micro_batch_size, device):
+    """Loss per labelled token of rows [N, T], which processes share if they can do so evenly."""
+    device, (rank, ranks) = model.device, processes()
+    rank, ranks = (rank, ranks) if len(labels) % ranks == 0 else (0, 1)
+    total = torch.zeros((), device=device)
+    for ids, targets in micro_batches(input_ids[rank::ranks], labels[rank::ranks], micro_batch_size, device):
         with autocast(device):
-            total += model(ids, targets).item()
-    return total / max(1, int((labels[:, 1:] != IGNORE).sum()))
+            total += model(ids, targets)
+    if ranks > 1:
+        dist.all_reduce(total)
+    return total.item() / max(1, int((labels[:, 1:] != IGNORE).sum()))
 
 
 class Run:

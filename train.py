@@ -103,8 +103,10 @@ def main():
     out = args.out or Path("out", f"{Path(args.init).name}-chat" if args.chat else args.config or "toy")
     write = functools.partial(danube3.save_adapter, base=base) if args.lora else danube3.save_checkpoint
     if not danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write)):
-        again = [word for word in sys.argv[1:] if word != "--resume"]
-        print(f"interrupted, and saved; go on with: python train.py {shlex.join([*again, '--resume'])}")
+        again, (rank, ranks) = [word for word in sys.argv[1:] if word != "--resume"], danube3.processes()
+        program = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+        if rank == 0:
+            print(f"interrupted, and saved; go on with: {program} train.py {shlex.join([*again, '--resume'])}")
         return 130
     if danube3.processes()[0]:
         return 0  # the rest is the first process's work

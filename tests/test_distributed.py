@@ -1,0 +1,168 @@
+"""Several processes under torchrun, over gloo: the same run as one process makes, whatever happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, call, one_line_error
+
+import danube3
+
+FLAGS = ["--tokens", "31k", "--save-every", "30", "--learning-rate", "1e-3"]
+
+
+def start(processes, *args):
+    """Start train.py under torchrun (one process: by itself), in a session of its own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "train.py", *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, seconds=240):
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def steps_of(out):
+    path = Path(out) / "metrics.jsonl"
+    return [e for e in map(json.loads, path.read_text().splitlines()) if "lr" in e] if path.exists() else []
+
+
+def wait_for_step(process, out, step):
+    """Until the log has that step; its last line may be half written."""
+    while process.poll() is None:
+        try:
+            if len(steps_of(out)) >= step:
+                return
+        except ValueError:
+            pass
+        time.sleep(0.01)
+    raise AssertionError(process.communicate()[0])
+
+
+def workers(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def same_curve(steps, expected):
+    assert [e["step"] for e in steps] == [e["step"] for e in expected]
+    assert [e["lr"] for e in steps] == [e["lr"] for e in expected]
+    for ours, theirs in zip(steps, expected):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), ours
+
+
+@pytest.fixture(scope="module")
+def alone(toy_data, tmp_path_factory):
+    """Thirty steps in one process, two rows at a time; the first gradients are longer than the clipping allows."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    process = start(1, "--data", toy_data, *FLAGS, "--micro-batch-size", 2, "--out", out)
+    assert "try: python" in finish(process)
+    assert len(steps_of(out)) == 30 and max(e["grad_norm"] for e in steps_of(out)) > 1.2
+    return out
+
+
+@pytest.mark.parametrize("processes, micro_batch_size", [(2, 2), (4, 1)])
+def test_processes_make_the_same_run(processes, micro_batch_size, alone, toy_data, tmp_path):
+    """With accumulation and clipping; and the checkpoint is an ordinary one, written once."""
+    flags = ("--data", toy_data, *FLAGS, "--micro-batch-size", micro_batch_size, "--out", tmp_path / "run")
+    output = finish(start(processes, *flags))
+    assert output.count("parameters to train") == 1 and f"{processes} x cpu" in output
+    same_curve(steps_of(tmp_path / "run"), steps_of(alone))
+    ours, theirs = (danube3.load_checkpoint(folder)[0] for folder in (tmp_path / "run", alone))
+    assert max((a - b).abs().max() for a, b in zip(ours.parameters(), theirs.parameters())) < 1e-3
+    names = {path.name for path in danube3.find_checkpoint(alone).iterdir()}
+    assert {path.name for path in danube3.find_checkpoint(tmp_path / "run").iterdir()} == names
+
+
+def test_a_process_dies_and_others_go_on(alone, toy_data, tmp_path):
+    """One of two is killed after step 17; four go on, all are killed after step 23; one goes on to the end."""
+    flags = ("--data", toy_data, *FLAGS, "--save-every", 5, "--micro-batch-size", 2, "--out", tmp_path / "run")
+    process = start(2, *flags)
+    wait_for_step(process, tmp_path / "run", 17)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    begin = time.monotonic()
+    output = finish(process, 60)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output and time.monotonic() - begin < 60
+    danube3.verify_digests(checkpoint := danube3.find_checkpoint(tmp_path / "run"))
+    assert checkpoint.name == "step-0000015"
+
+    process = start(4, *flags, "--micro-batch-size", 1, "--resume")
+    wait_for_step(process, tmp_path / "run", 23)
+    children = workers(process)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in children:  # torchrun gives each a session of its own
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    assert "try: python" in finish(start(1, *flags, "--resume"))
+    same_curve(steps_of(tmp_path / "run"), steps_of(alone))
+
+
+def test_ctrl_c_saves(toy_data, tmp_path):
+    process = start(2, "--data", toy_data, *FLAGS, "--tokens", "200k", "--micro-batch-size", 2, "--out", tmp_path)
+    wait_for_step(process, tmp_path, 7)
+    os.killpg(process.pid, signal.SIGINT)
+    output = finish(process, 60)
+    assert "interrupted, and saved; go on with: torchrun" in output
+    step = int(danube3.find_checkpoint(tmp_path).name.removeprefix("step-"))
+    assert step >= 7 and len(steps_of(tmp_path)) == step
+
+
+def test_adapters_in_two_processes(alone, toy_data, tmp_path):
+    talks = [json.loads(line) for line in (toy_data / "chat.jsonl").read_text().splitlines()[:64]]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    flags = ("--chat", tmp_path / "chat.jsonl", "--init", alone, "--lora", 4, "--batch-size", 8)
+    for processes in (1, 2):
+        output = finish(start(processes, *flags, "--micro-batch-size", 2, "--out", tmp_path / f"run{processes}"))
+        assert "try: python" in output, output
+    same_curve(*(steps_of(tmp_path / f"run{n}") for n in (2, 1)))
+    first, second = (danube3.load_checkpoint(tmp_path / f"run{n}")[0].state_dict() for n in (1, 2))
+    assert first.keys() == second.keys() and any(".lora_B." in name for name in first)
+    assert max((first[name] - second[name]).abs().max() for name in first) < 1e-4
+
+
+def test_rows_that_cannot_be_shared(toy_data, tmp_path):
+    output = finish(start(3, "--data", toy_data, *FLAGS, "--out", tmp_path / "run"))
+    assert "error: a step of 8 rows cannot be shared evenly by 3 processes, 8 rows at a time" in output
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in output
+
+
+def test_processes_with_other_flags(toy_data, tmp_path):
+    """Two machines started with different learning rates find out before they train."""
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29571", "OMP_NUM_THREADS": "1"}
+    flags = ["--data", toy_data, "--tokens", "31k", "--micro-batch-size", "2", "--out", tmp_path / "run"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "train.py", *map(str, flags), "--learning-rate", rate],
+            cwd=ROOT,
+            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, rate in enumerate(("1e-3", "2e-3"))
+    ]
+    outputs = [process.communicate(timeout=120)[1] for process in processes]
+    assert "process 1 was started with other flags or data than process 0" in outputs[1]
+    assert not (tmp_path / "run").exists() or not danube3.checkpoints_in(tmp_path / "run")
+
+
+def test_resume_refuses_what_it_refuses_alone(alone, toy_data):
+    line = one_line_error(call("train.py", "--data", toy_data, *FLAGS, "--out", alone))
+    assert "already holds a run" in line
