@@ -249,24 +249,54 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3)
     return passes * (2 * weights + attention)
 
 
-def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2) -> dict[str, int]:
-    """Bytes that training takes on one device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
+def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, gpus: int = 1,
+                 recompute: bool = False) -> dict[str, int]:
+    """Bytes that training takes on each device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
 
-    Weights, gradients and the two AdamW moments are exact. Activations are an estimate: what autograd keeps of each
-    layer: the stream and its norms six times in fp32, the inputs of the matrices and of attention in the compute
-    type. Logits are counted three times over: themselves, their softmax and their gradient.
+    Weights, gradients and the two AdamW moments are exact; several GPUs share them, but a gradient that is summed over
+    micro-batches is held whole until it is exchanged. Of other GPUs' weights, two layers are there at a time, and
+    embedding and head throughout. Activations are an estimate: what autograd keeps of a layer are the stream and its
+    norms, six times in fp32, and the inputs of the matrices and of attention in the compute type; with `recompute` that
+    is kept of one layer, and of the others the stream once. Logits count three times: themselves, softmax, gradient.
     """
     c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, count_parameters(config)
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
     per_token = 4 * 6 * c.hidden_size + compute_bytes * (heads + 4 * c.intermediate_size)
+    kept = per_token + c.num_hidden_layers * 4 * c.hidden_size if recompute else c.num_hidden_layers * per_token
+    ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
+    one_pass = recipe.rows_per_step == gpus * recipe.micro_batch_size
+    copy = 0 if compute_bytes == 4 else compute_bytes * n
+    gathered = 4 * ends + 2 * compute_bytes * (n - ends) // c.num_hidden_layers
     return {
-        "weights (fp32)": 4 * n,
-        "gradients (fp32)": 4 * n,
-        "AdamW moments (fp32)": 8 * n,
-        "weights (compute copy)": 0 if compute_bytes == 4 else compute_bytes * n,
-        "activations (estimate)": c.num_hidden_layers * tokens * per_token,
+        "weights (fp32)": 4 * n // gpus,
+        "gradients (fp32)": 4 * n // gpus if gpus == 1 or one_pass else 4 * n,
+        "AdamW moments (fp32)": 8 * n // gpus,
+        "weights (compute copy)": copy if gpus == 1 else gathered,
+        "activations (estimate)": tokens * kept,
         "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * c.vocab_size,
     }
+
+
+USABLE_MEMORY = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors [C]
+
+
+def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory: float, gpus: int = 1) -> bool:
+    """Whether layers are to be computed again in the backward pass: as wished ("on", "off"), or if it fits only so
+    ("auto"). Training that cannot fit in `gpu_memory` bytes is refused, with what would help."""
+    def needs(recipe: Recipe, gpus: int, recompute: bool) -> int:
+        return sum(memory_bytes(config, recipe, 2, gpus, recompute).values())
+
+    room, one_row = USABLE_MEMORY * gpu_memory, replace(recipe, micro_batch_size=1)
+    for choice in {"auto": (False, True), "on": (True,), "off": (False,)}[wish]:
+        if needs(recipe, gpus, choice) <= room:
+            return choice
+    enough = (n for n in (gpus * 2 ** i for i in range(1, 13)) if needs(one_row, n, True) <= room)
+    remedy = ("--recompute on" if needs(recipe, gpus, True) <= room else
+              "--micro-batch-size 1" if needs(one_row, gpus, True) <= room else
+              f"{n} GPUs (torchrun --nproc-per-node; to plan: --gpus {n})" if (n := next(enough, 0)) else
+              "a shorter --sequence-length, or --chat with --lora")
+    raise DanubeError(f"training needs {needs(recipe, gpus, wish != 'off') / 1e9:,.1f} GB on each GPU, and of "
+                      f"{gpu_memory / 1e9:,.1f} GB {room / 1e9:,.1f} can be used: take {remedy}")
 
 
 # ======================================================================================================================
@@ -1118,6 +1148,7 @@ def shuffled(index: int, size: int, key: str) -> int:
 
 
 VALIDATION_ROWS = 32  # of each source [C]
+MAX_REPEATS = 100     # times that a run may read a source [C]
 
 
 class StagedData:
@@ -1143,6 +1174,12 @@ class StagedData:
             for name, count in counts.items():
                 used[name] += self.rows_before(count, rows)
             self.used.append(used)
+        self.repeats = {name: self.used[-1][name] / source.windows for name, source in self.sources.items()}
+        for name, times in self.repeats.items():
+            if times > MAX_REPEATS:
+                raise DanubeError(f"source {name!r} has {self.sources[name].windows:,} rows of {data.sequence_length}, "
+                                  f"and its share is {self.used[-1][name]:,}, {times:,.0f} times as many; more than "
+                                  f"{MAX_REPEATS} teach nothing: give it more text, or lower --tokens")
 
     @staticmethod
     def rows_before(count: np.ndarray, row: int) -> int:
@@ -1559,25 +1596,48 @@ def compile_model(model: Danube3) -> None:
         print("no C++ compiler found: going on without --compile", file=sys.stderr)
 
 
-def describe_run(config: DanubeConfig, recipe: Recipe) -> str:
-    """What a run would be, in one screen: stages, tokens, parameters, memory, operations."""
+def short_count(number: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+GPU_FLOPS = 4e14  # a second, that a run reaches: about 40 % of an H100's bf16 peak [C]
+
+
+def describe_run(config: DanubeConfig, recipe: Recipe, gpus: int = 1, recompute: bool = False,
+                 repeats: dict[str, float] | None = None) -> str:
+    """What a run would be, in one screen: stages, tokens of each source and how often it is repeated, parameters,
+    memory, operations, days."""
     sources, parameters = list(recipe.stages[0].mixture), count_parameters(config)
-    tokens, memory = recipe.total_steps * recipe.tokens_per_step, memory_bytes(config, recipe)
+    tokens, memory = recipe.total_steps * recipe.tokens_per_step, memory_bytes(config, recipe, 2, gpus, recompute)
     flops = flops_per_token(config, recipe.sequence_length) * tokens
-    components = ", ".join(f"{name} {size / 1e9:,.2f}" for name, size in memory.items())
+    days = flops * (4 / 3 if recompute else 1) / gpus / GPU_FLOPS / 86_400
     lines = [
         f"parameters      {parameters:,}",
         f"step            {recipe.tokens_per_step:,} tokens = {recipe.rows_per_step} rows of "
-        f"{recipe.sequence_length:,}, {recipe.micro_batch_size} at a time",
+        f"{recipe.sequence_length:,}, on each of {gpus} GPUs {recipe.micro_batch_size} at a time",
         f"run             {recipe.total_steps:,} steps, {tokens:,} tokens, {flops:.3g} floating-point operations",
-        f"                {flops / 4e14 / 86_400:,.2f} GPU-days at 400 TFLOP/s, about 40 % of an H100's bf16 peak",
-        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on one bf16 GPU: {components}",
+        f"                {days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.0f} TFLOP/s each, about 40 % of an "
+        "H100's bf16 peak",
+        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU"
+        + (", layers computed again in the backward pass" if recompute else ""),
+        *(f"                {size / 1e9:10,.2f}  {name}" for name, size in memory.items()),
         f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in fp32",
         "", f"{'':16}{'steps':>12}{'tokens':>22}" + "".join(f"{name:>11}" for name in sources)]
+    totals = dict.fromkeys(sources, 0.0)
     for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
-        total = sum(stage.mixture.values())
+        shares = {name: weight / sum(stage.mixture.values()) for name, weight in stage.mixture.items()}
+        for name, share in shares.items():
+            totals[name] += share * (end - start) * recipe.tokens_per_step
         lines.append(f"{stage.name:16}{end - start:>12,}{(end - start) * recipe.tokens_per_step:>22,}"
-                     + "".join(f"{stage.mixture.get(name, 0) / total:>10.1%} " for name in sources))
+                     + "".join(f"{shares[name]:>10.1%} " for name in sources))
+    lines.append(f"{'tokens':16}{recipe.total_steps:>12,}{tokens:>22,}"
+                 + "".join(f"{short_count(totals[name]):>11}" for name in sources))
+    if repeats:
+        lines.append(f"{'times read':50}" + "".join(f"{repeats.get(name, 0):>11.2f}" for name in sources))
     return "\n".join(lines)
 
 
@@ -2612,6 +2672,11 @@ class Arguments(argparse.ArgumentParser):
         raise DanubeError(f"{message} (see {self.prog} --help)")
 
 
+def gpu_memory(device: torch.device) -> float:
+    """Bytes of a GPU's memory; of other devices, which can hold more than they have, no limit is known."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+
+
 def token_count(text: str) -> int:
     """'200k', '1.5M', '10B', '4T' -> tokens."""
     units = {"": 1, "k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "t": 10 ** 12}
@@ -2665,7 +2730,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: out of memory ({str(error).splitlines()[0]}): train with a smaller "
-              "--micro-batch-size, or give a shorter text", file=sys.stderr)
+              "--micro-batch-size or --recompute on, or give a shorter text", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

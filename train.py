@@ -24,11 +24,17 @@ def arguments():
     parser.add_argument("--seed", type=int, help="of the initial weights and the order of the data [the recipe's]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--compile", action="store_true", help="compile the model first (a CPU needs a C++ compiler)")
+    parser.add_argument("--recompute", choices=["auto", "on", "off"], default="auto",
+                        help="keep little of each layer, and compute it again in the backward pass: memory for time")
+    parser.add_argument("--gpus", type=count, help="with --dry-run: plan for so many [1]")
+    parser.add_argument("--gpu-memory", type=count, metavar="GB", help="with --dry-run: of each [80]")
     stages = parser.add_argument_group("pre-training")
     stages.add_argument("--config", choices=list(danube3.CONFIGS), help="which model [toy]")
     stages.add_argument("--data", type=Path, help="folder of token shards [data/<config>; the toy makes its own]")
     stages.add_argument("--tokens", type=tokens, help="200k, 10B: training tokens, stages in proportion [the recipe's]")
     stages.add_argument("--tokens-per-step", type=tokens, help="tokens of one optimizer step [the recipe's]")
+    stages.add_argument("--sequence-length", type=count, help="tokens of a row [the recipe's]")
+    stages.add_argument("--layers", type=count, help="fewer layers than the configuration's: to try out")
     chat = parser.add_argument_group("chat fine-tuning")
     chat.add_argument("--chat", type=Path, metavar="JSONL", help='{"messages": [..]}, one conversation a line')
     chat.add_argument("--epochs", type=count, help="how often each conversation is read [1]")
@@ -42,6 +48,8 @@ def arguments():
             parser.error(f"{action.option_strings[0]} {'cannot go together with' if args.chat else 'needs'} --chat")
     if args.chat and not args.init or args.merge and not args.lora:
         parser.error("--merge needs --lora" if args.init else "--chat needs --init, the model to start from")
+    if (args.gpus or args.gpu_memory) and not args.dry_run:
+        parser.error("--gpus and --gpu-memory are for --dry-run: to train on several, start train.py with torchrun")
     if args.merge and args.merge.exists() or args.lora and args.dry_run:
         parser.error(f"{args.merge} already exists" if args.merge else "--dry-run plans a training without --lora only")
     return args
@@ -49,17 +57,31 @@ def arguments():
 
 def adjusted(recipe, args):
     """The recipe with what the command line says otherwise."""
-    names = ("tokens_per_step", "micro_batch_size", "learning_rate", "save_every", "seed")
+    names = ("sequence_length", "tokens_per_step", "micro_batch_size", "learning_rate", "save_every", "seed")
     return replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+
+
+def plan(args, config, recipe, repeats=None):
+    """Print what the run would be, and stop; refuse one that cannot fit."""
+    gpus, memory = args.gpus or 1, (args.gpu_memory or 80) * 1e9
+    try:
+        recompute = danube3.choose_recompute(config, recipe, args.recompute, memory, gpus)
+    except danube3.DanubeError:
+        print(danube3.describe_run(config, recipe, gpus, args.recompute != "off", repeats))
+        raise
+    sys.exit(print(danube3.describe_run(config, recipe, gpus, recompute, repeats)))
 
 
 def pretraining(args, base):
     """-> model, tokenizer, data"""
     name = args.config or "toy"
     config, recipe = danube3.CONFIGS[name], adjusted(danube3.RECIPES[name], args)
+    config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     recipe, folder = recipe.scaled_to(args.tokens) if args.tokens else recipe, args.data or Path("data", name)
     if args.dry_run:
-        sys.exit(print(danube3.describe_run(config, recipe)))
+        there = (folder / "meta.json").is_file()
+        data = there and danube3.StagedData(danube3.TokenData(folder, config, recipe.sequence_length), recipe)
+        plan(args, config, recipe, data.repeats if there else None)
     if name == "toy" and not args.data and not folder.exists() and danube3.processes()[0] == 0:
         toy.make(folder)
     danube3.wait_for_all()
@@ -84,7 +106,7 @@ def chat(args, base, device):
     data.recipe = adjusted(data.recipe, args)
     print(data.summary)
     if args.dry_run:
-        sys.exit(print(danube3.describe_run(model.config, data.recipe)))
+        plan(args, model.config, data.recipe)
     model = danube3.add_lora(model, args.lora, data.recipe.seed) if args.lora else danube3.merge_lora(model)
     return model, tokenizer, data
 
@@ -97,6 +119,13 @@ def main():
     model, tokenizer, data = chat(args, base, device) if args.chat else pretraining(args, base)
     if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
         raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
+    if args.lora or device.type != "cuda":
+        recompute = args.recompute == "on"
+    else:
+        memory = danube3.gpu_memory(device)
+        recompute = danube3.choose_recompute(model.config, data.recipe, args.recompute, memory, danube3.processes()[1])
+    for layer in model.model.layers:
+        layer.recompute = recompute
     if args.compile:
         danube3.compile_model(model)
     model = danube3.share_model(model, device).train()

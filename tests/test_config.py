@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
-from conftest import TINY, random_model
+from conftest import TINY, call, one_line_error, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import danube3
@@ -147,3 +148,66 @@ def test_token_count(text, tokens):
 def test_no_token_count(text):
     with pytest.raises(danube3.argparse.ArgumentTypeError):
         danube3.token_count(text)
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+def test_memory_of_several_gpus():
+    """By hand, for 4b on 8 GPUs: everything shared, but gradients that wait for the last micro-batch held whole."""
+    config, recipe = danube3.CONFIGS["4b"], danube3.RECIPES["4b"]
+    n, ends, D = danube3.count_parameters(config), 2 * 32_000 * 3840, 3840
+    shared = danube3.memory_bytes(config, recipe, gpus=8)
+    assert shared["weights (fp32)"] == 4 * n // 8 and shared["AdamW moments (fp32)"] == n
+    assert shared["gradients (fp32)"] == 4 * n
+    assert danube3.memory_bytes(config, recipe, gpus=512)["gradients (fp32)"] == 4 * n // 512  # a row each: one pass
+    assert shared["weights (compute copy)"] == pytest.approx(4 * ends + 2 * 2 * (n - ends) / 24, rel=1e-6)
+    alone, again = (danube3.memory_bytes(config, recipe, recompute=again) for again in (False, True))
+    layer = alone["activations (estimate)"] / 24
+    assert again["activations (estimate)"] == layer + 24 * 8192 * 4 * D
+    assert alone["weights (compute copy)"] == 2 * n
+    assert {name: size for name, size in alone.items() if "act" not in name} == {
+        name: size for name, size in again.items() if "act" not in name
+    }
+
+
+def test_what_fits():
+    """4b on a GPU of 141 GB, 500m on one of 24 GB; layers are computed again only where that is needed."""
+    four, half = ((danube3.CONFIGS[name], danube3.RECIPES[name]) for name in ("4b", "500m"))
+    assert danube3.choose_recompute(*four, "auto", 141e9) is False
+    assert danube3.choose_recompute(*four, "on", 141e9) is True
+    assert danube3.choose_recompute(*four, "auto", 100e9) is True
+    assert danube3.choose_recompute(*half, "auto", 24e9) is False
+    assert danube3.choose_recompute(*half, "auto", 16e9) is True
+    with pytest.raises(danube3.DanubeError, match="take --recompute on"):
+        danube3.choose_recompute(*four, "off", 100e9)
+    with pytest.raises(danube3.DanubeError, match=r"of 80.0 GB 73.6 can be used: take 2 GPUs .*--gpus 2"):
+        danube3.choose_recompute(*four, "auto", 80e9)
+    with pytest.raises(danube3.DanubeError, match="take --micro-batch-size 1"):
+        danube3.choose_recompute(half[0], dataclasses.replace(half[1], micro_batch_size=64), "auto", 16e9)
+    with pytest.raises(danube3.DanubeError, match="--chat with --lora"):
+        danube3.choose_recompute(*four, "auto", 8e9)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--gpus", "2"], "are for --dry-run"),
+        (["--dry-run", "--config", "4b"], "take 2 GPUs"),
+        (["--dry-run", "--config", "4b", "--gpus", "64", "--gpu-memory", "24"], "can be used: take 512 GPUs"),
+    ],
+)
+def test_plans_that_cannot_be(flags, words):
+    assert words in one_line_error(call("train.py", *flags))
+
+
+def test_a_plan_for_64_gpus():
+    result = call("train.py", "--config", "4b", "--dry-run", "--gpus", 64, "--tokens", "600B")
+    assert result.returncode == 0, result.stderr
+    assert "143,051 steps, 599,999,381,504 tokens" in result.stdout and "on 64 GPUs at 400 TFLOP/s" in result.stdout
+    days = float(re.search(r"([\d.]+) days on 64 GPUs", result.stdout)[1])
+    flops = danube3.flops_per_token(danube3.CONFIGS["4b"], 8_192) * 599_999_381_504
+    assert days == pytest.approx(flops / 64 / 4e14 / 86_400, abs=0.01)
+    assert re.search(r"^tokens +143,051 +599,999,381,504 +530B", result.stdout, re.M)
+
+
+def test_short_counts():
+    assert [danube3.short_count(n) for n in (7, 1500, 1_234_567, 2e9, 5.3e12)] == ["7", "1.5k", "1.23M", "2B", "5.3T"]
