@@ -560,9 +560,10 @@ def tokens_needed(total: int, fraction: float) -> dict[str, int]:
 
 
 def fraction(text: str) -> float:
-    if not re.fullmatch(r"0?\.\d+", text, re.ASCII) or not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no fraction between 0 and 1")
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no fraction between 0 and 1")
 
 
 def arguments() -> argparse.Namespace:
@@ -585,9 +586,9 @@ def arguments() -> argparse.Namespace:
     for text in args.inputs:
         if not re.fullmatch(r"[a-z0-9_-]+=.+", text, re.DOTALL):
             parser.error(f"{text!r} is not SOURCE=PATTERN, the source in small letters, digits, - and _")
-    if args.tokenizer.startswith("train:"):
-        if not 0 < count(args.tokenizer.removeprefix("train:")) <= 2 ** 16:
-            parser.error("--tokenizer train:VOCAB takes at most 65,536 pieces")
+    before, training, vocab = args.tokenizer.partition("train:")
+    if training and not before and not (re.fullmatch(r"\d{1,5}", vocab, re.ASCII) and 0 < int(vocab) <= 2 ** 16):
+        parser.error(f"{args.tokenizer!r}: train:VOCAB takes a number of pieces up to 65,536")
     return args
 
 
