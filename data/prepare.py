@@ -37,7 +37,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -256,12 +256,12 @@ def encode(document: str | list[dict], tokenizer: danube3.Tokenizer) -> np.ndarr
 INDEX = np.dtype([("high", "<u8"), ("low", "<u8"), ("length", "<u4")])  # the halves of the digest; ids
 
 
-def write_whole(path: Path, arrays: Iterable[np.ndarray]) -> None:
+def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
     """Write a file under a temporary name; it gets its own when it is whole and on the disk."""
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as file:
-        for array in arrays:
-            file.write(array.tobytes())
+        for part in parts:
+            file.write(part)
     danube3.sync(partial)
     partial.replace(path)
 
@@ -290,7 +290,7 @@ def write_spool(path: Path, batch: list[Record], field: str, model_file: Path) -
     index["high"], index["low"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2).T
     index["length"] = [len(each) for each in ids]
     order = np.lexsort((index["low"], index["high"]))
-    write_whole(path, [np.array([len(ids)], "<u8"), index[order], *(ids[i] for i in order)])
+    write_whole(path, np.array([len(ids)], "<u8"), index[order], *(ids[i] for i in order))
 
 
 def start_worker() -> None:
@@ -348,7 +348,7 @@ def spool_source(source: Source, folder: Path, pool: ProcessPoolExecutor, worker
                 break
     if not count:
         raise DanubeError(f"source {source.name!r} has no documents in {', '.join(source.patterns)}")
-    write_whole(finished, [np.frombuffer(str(len(paths)).encode(), np.uint8)])
+    write_whole(finished, str(len(paths)).encode())
     return paths
 
 
@@ -432,7 +432,7 @@ def write_source(folder: Path, source: Source, spools: list[Path], fraction: flo
     for split, bins in tqdm(plan, desc=f"{source.name}: shards", unit="shard", leave=False, disable=None):
         path = folder / f"{source.name}-{split}-{len(counts[split]):05d}.bin"
         if not path.is_file():
-            write_whole(path, [gather(spools, shard_entries(spools, bins, split, threshold))])
+            write_whole(path, gather(spools, shard_entries(spools, bins, split, threshold)))
         ids = np.memmap(path, "<u2", "r")
         counts[split].append(len(ids))
         kept += int((ids == 1).sum())  # a document's <s>; no text has one
@@ -450,35 +450,31 @@ def sample_pieces(source: Source) -> Iterator[str]:
     return (piece for _, piece in heapq.nsmallest(SAMPLE_PIECES, digests))
 
 
-def find_tokenizer(name: str) -> Path:
-    """What --tokenizer names, if that is not to be trained -> its file"""
-    if name != "mistral":
-        return Path(name, "tokenizer.model") if Path(name).is_dir() else Path(name)
-    spec = importlib.util.find_spec("mistral_common")
-    if spec is None:
-        raise DanubeError("--tokenizer mistral takes the package mistral-common: pip install mistral-common")
-    return Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
-
-
-def check_tokenizer(tokenizer: danube3.Tokenizer) -> danube3.Tokenizer:
+def find_tokenizer(name: str) -> danube3.Tokenizer:
+    """What --tokenizer names, if that is not to be trained."""
+    path = Path(name, "tokenizer.model") if Path(name).is_dir() else Path(name)
+    if name == "mistral":
+        spec = importlib.util.find_spec("mistral_common")
+        if spec is None:
+            raise DanubeError("--tokenizer mistral takes the package mistral-common: pip install mistral-common")
+        path = Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
+    tokenizer = danube3.Tokenizer(path)
     if tokenizer.vocab_size > 2 ** 16:
-        raise DanubeError(f"{tokenizer.model_file} has {tokenizer.vocab_size:,} pieces, and shards hold numbers below "
-                          "65,536: use a smaller vocabulary")
+        raise DanubeError(f"{path} has {tokenizer.vocab_size:,} pieces, and shards hold numbers below 65,536: use a "
+                          "smaller vocabulary")
     if (tokenizer.pieces.bos_id(), tokenizer.pieces.eos_id()) != (1, 2):
-        raise DanubeError(f"{tokenizer.model_file} does not have <s> and </s> as ids 1 and 2: use another one")
+        raise DanubeError(f"{path} does not have <s> and </s> as ids 1 and 2: use another tokenizer")
     return tokenizer
 
 
-def provide_tokenizer(name: str, sources: list[Source], path: Path) -> danube3.Tokenizer:
-    """Put the tokenizer that --tokenizer names at `path`, if it is not there: copied, or trained on the sources."""
+def provide_tokenizer(found: danube3.Tokenizer | int, sources: list[Source], path: Path) -> danube3.Tokenizer:
+    """Put a tokenizer at `path`, if it is not there: a copy of what was found, or one of so many pieces, trained."""
     if not path.is_file():
         partial = path.with_name("tokenizer.model.partial")
-        if name.startswith("train:"):
-            texts = itertools.chain.from_iterable(map(sample_pieces, sources))
-            danube3.train_tokenizer(texts, int(name.removeprefix("train:")), partial)
+        if isinstance(found, int):
+            danube3.train_tokenizer(itertools.chain.from_iterable(map(sample_pieces, sources)), found, partial)
         else:
-            shutil.copyfile(find_tokenizer(name), partial)
-        check_tokenizer(danube3.Tokenizer(partial))
+            shutil.copyfile(found.model_file, partial)
         danube3.sync(partial)
         partial.replace(path)
     return danube3.Tokenizer(path)
@@ -496,33 +492,32 @@ def begin_or_go_on(partial: Path, state: dict[str, object]) -> None:
     elif not (partial / "meta.json").is_file():  # else there was only the last renaming left to do
         shutil.rmtree(partial, ignore_errors=True)
         path.parent.mkdir(parents=True)
-        write_whole(path, [np.frombuffer(json.dumps(state).encode(), np.uint8)])
+        write_whole(path, json.dumps(state).encode())
 
 
-def write_all(partial: Path, sources: list[Source], args: argparse.Namespace) -> None:
+def write_all(partial: Path, sources: list[Source], found: danube3.Tokenizer | int, args: argparse.Namespace) -> None:
     """Tokenizer, spool files, shards, and last of all meta.json; each only if it is not there yet."""
-    tokenizer = provide_tokenizer(args.tokenizer, sources, partial / "tokenizer.model")
     with worker_pool(args.workers) as pool:
+        tokenizer = provide_tokenizer(found, sources, partial / "tokenizer.model")
         spools = [spool_source(source, partial / "spool", pool, args.workers) for source in sources]
     results = {source.name: write_source(partial, source, paths, args.val, args.shard_tokens)
                for source, paths in zip(sources, spools)}
     meta = {"sources": {name: counts for name, (counts, _) in results.items()}, "vocab_size": tokenizer.vocab_size,
             "tokenizer_sha256": tokenizer.sha256, "read": {name: read for name, (_, read) in results.items()}}
-    write_whole(partial / "meta.json", [np.frombuffer(f"{json.dumps(meta, indent=2)}\n".encode(), np.uint8)])
+    write_whole(partial / "meta.json", f"{json.dumps(meta, indent=2)}\n".encode())
 
 
 def prepare(sources: list[Source], args: argparse.Namespace) -> None:
     """Write the data folder args.out, or go on writing it."""
     partial = args.out.with_name(f"{args.out.name}.partial")
-    trained = args.tokenizer.startswith("train:")
-    tokenizer = args.tokenizer if trained else check_tokenizer(danube3.Tokenizer(find_tokenizer(args.tokenizer))).sha256
-    state = {"--tokenizer": tokenizer, "--val": args.val, "--shard-tokens": args.shard_tokens, "--tokens": args.tokens,
-             "--text-field": args.text_field, "batch size": BATCH_BYTES,
-             **{f"source {source.name}": source.identity() for source in sources}}
+    found = args.tokenizer if isinstance(args.tokenizer, int) else find_tokenizer(args.tokenizer)
+    state = {"--tokenizer": found if isinstance(found, int) else found.sha256, "--val": args.val,
+             "--shard-tokens": args.shard_tokens, "--tokens": args.tokens, "--text-field": args.text_field,
+             "batch size": BATCH_BYTES, **{f"source {source.name}": source.identity() for source in sources}}
     try:
         begin_or_go_on(partial, state)
         if not (partial / "meta.json").is_file():
-            write_all(partial, sources, args)
+            write_all(partial, sources, found, args)
         shutil.rmtree(partial / "spool", ignore_errors=True)
         partial.rename(args.out)
         danube3.sync(args.out.parent)
@@ -566,14 +561,25 @@ def fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no fraction between 0 and 1")
 
 
+def tokenizer_choice(text: str) -> str | int:
+    """train:VOCAB as a number, anything else as it is."""
+    if not text.startswith("train:"):
+        return text
+    vocab = text.removeprefix("train:")
+    if not re.fullmatch(r"[1-9]\d{0,4}", vocab, re.ASCII) or int(vocab) > 2 ** 16:
+        raise argparse.ArgumentTypeError(f"{text!r} does not name a number of pieces up to 65,536")
+    return int(vocab)
+
+
 def arguments() -> argparse.Namespace:
     parser, count = danube3.Arguments(__doc__.splitlines()[0]), danube3.positive
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("inputs", nargs="*", metavar="SOURCE=PATTERN",
                         help=f"a file, folder, glob or hub:owner/name[:config[:split]]; files: {' '.join(SUFFIXES)}")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--tokenizer", required=True, help="a tokenizer.model, a folder with one, mistral (from the "
-                        "package mistral-common), or train:VOCAB to train one of VOCAB pieces on the sources")
+    parser.add_argument("--tokenizer", type=tokenizer_choice, required=True,
+                        help="a tokenizer.model, a folder with one, mistral (from the package mistral-common), or "
+                        "train:VOCAB to train one of VOCAB pieces on the sources")
     parser.add_argument("--open", action="store_true", help="take open data sets from the Hub for all six sources")
     parser.add_argument("--tokens", type=danube3.token_count, help="with --open: tokens of the run to prepare for")
     parser.add_argument("--val", type=fraction, default=0.005, help="the part of the documents kept for validation")
@@ -586,9 +592,6 @@ def arguments() -> argparse.Namespace:
     for text in args.inputs:
         if not re.fullmatch(r"[a-z0-9_-]+=.+", text, re.DOTALL):
             parser.error(f"{text!r} is not SOURCE=PATTERN, the source in small letters, digits, - and _")
-    before, training, vocab = args.tokenizer.partition("train:")
-    if training and not before and not (re.fullmatch(r"\d{1,5}", vocab, re.ASCII) and 0 < int(vocab) <= 2 ** 16):
-        parser.error(f"{args.tokenizer!r}: train:VOCAB takes a number of pieces up to 65,536")
     return args
 
 

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import danube3  # noqa: E402
 from data import prepare  # noqa: E402
 
 
@@ -73,7 +72,7 @@ def run_plain(texts, tokenizer):
 
 
 def measure(args, scratch):
-    texts, tokenizer = scratch / "texts", danube3.Tokenizer(prepare.find_tokenizer(args.tokenizer))
+    texts, tokenizer = scratch / "texts", prepare.find_tokenizer(args.tokenizer)
     texts.mkdir()
     copy_texts(args.folder, texts)
     records = prepare.Source("web", [str(texts)], "text").records()

@@ -270,7 +270,7 @@ def test_training_a_tokenizer(tmp_path, tokenizer, corpus):
 
 
 def test_mistral_tokenizer(tmp_path, corpus):
-    mistral = prepare.find_tokenizer("mistral")
+    mistral = prepare.find_tokenizer("mistral").model_file
     result = start("--out", tmp_path / "out", "--tokenizer", "mistral", "--workers", 1, f"web={corpus[0]}")
     assert result.returncode == 0 and (tmp_path / "out" / "tokenizer.model").read_bytes() == mistral.read_bytes()
 
@@ -283,12 +283,12 @@ def interrupted_run(tmp_path, tokenizer, folder, at, how, log):
     def body():
         write_whole, parent = prepare.write_whole, os.getpid()
 
-        def write_half(path, arrays):
+        def write_half(path, *parts):
             if path.name == at:
                 path.with_name(f"{path.name}.partial").write_bytes(b"half")
                 os.kill(parent, how)
                 time.sleep(60 if how == signal.SIGKILL else 0.5)
-            write_whole(path, arrays)
+            write_whole(path, *parts)
 
         prepare.write_whole = write_half
         result = start(*command(tmp_path, tokenizer, folder))
@@ -318,8 +318,8 @@ def test_killed_and_begun_again(tmp_path, tokenizer, corpus, monkeypatch, at):
     finished = {path.name: path.stat().st_mtime_ns for path in partial.rglob("*") if not path.name.endswith(".partial")}
     write_whole = prepare.write_whole
 
-    def write_and_tell(path, arrays):
-        write_whole(path, arrays)
+    def write_and_tell(path, *parts):
+        write_whole(path, *parts)
         with open(tmp_path / "written", "a") as file:
             file.write(f"{path.name}\n")
 
@@ -457,7 +457,7 @@ def test_a_line_without_end(tmp_path, tokenizer, monkeypatch):
     (["--val", "1.5", "web=a"], "'1.5' is no fraction"), (["--val", "nan", "web=a"], "'nan' is no fraction"),
     (["--workers", "0", "web=a"], "no whole number of at least 1"),
     (["--tokenizer", "train:70000", "web=a"], "up to 65,536"),
-    (["--tokenizer", "train:x", "web=a"], "'train:x': train:VOCAB takes a number"),
+    (["--tokenizer", "train:x", "web=a"], "'train:x' does not name a number"),
     (["--tokenizer", "/nowhere", "web={texts}"], "no tokenizer at /nowhere"),
     (["--tokenizer", "{folder}", "web={texts}"], "tokenizer.model is not a sentencepiece model"),
     (["--tokenizer", "{huge}", "web={texts}"], "has 65,537 pieces"),
