@@ -2,10 +2,12 @@
 
 The whole program on two processes, from text to the finished folder, and a plain loop of sentencepiece's encode over
 the same files on one core. They alternate, since a shared machine's speed moves from minute to minute; what counts is
-the median of the ratios of neighbours. Memory is summed over all processes (PSS: shared pages are counted once).
+the median of the ratios of neighbours, and where other programs use the same cores, only that of processor times.
+Memory is summed over all processes (PSS: pages that they share are counted once).
 """
 
 import argparse
+import resource
 import shutil
 import statistics
 import subprocess
@@ -37,6 +39,11 @@ def memory(pid):
     return total
 
 
+def processor_seconds(who):
+    usage = resource.getrusage(who)
+    return usage.ru_utime + usage.ru_stime
+
+
 def copy_texts(folder, scratch):
     """Those .txt, .md, .rst and .py files that are UTF-8, once each; the standard library has some that are not."""
     texts = set()
@@ -51,7 +58,8 @@ def copy_texts(folder, scratch):
 
 
 def run_prepare(folder, out, tokenizer, workers):
-    """-> seconds, peak bytes"""
+    """-> seconds, seconds of all its processes on the processor, peak bytes"""
+    before = processor_seconds(resource.RUSAGE_CHILDREN)
     command = [sys.executable, prepare.__file__, "--out", out, "--tokenizer", tokenizer, f"web={folder}"]
     start, peak = time.perf_counter(), 0
     process = subprocess.Popen([*command, "--workers", str(workers)], stdout=subprocess.DEVNULL)
@@ -59,16 +67,17 @@ def run_prepare(folder, out, tokenizer, workers):
         peak = max(peak, memory(process.pid))
         time.sleep(0.1)
     assert process.returncode == 0
+    seconds = time.perf_counter() - start
     shutil.rmtree(out)
-    return time.perf_counter() - start, peak
+    return seconds, processor_seconds(resource.RUSAGE_CHILDREN) - before, peak
 
 
 def run_plain(texts, tokenizer):
-    """-> seconds"""
-    start = time.perf_counter()
+    """-> seconds, seconds on the processor"""
+    start, before = time.perf_counter(), processor_seconds(resource.RUSAGE_SELF)
     for text in texts:
         tokenizer.encode(text)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, processor_seconds(resource.RUSAGE_SELF) - before
 
 
 def measure(args, scratch):
@@ -79,15 +88,18 @@ def measure(args, scratch):
     documents = [document for record in records for document in prepare.documents(record, "text")]
     size = sum(len(document.encode()) for document in documents)
     print(f"{size / 1e6:.0f} MB in {len(documents):,} documents from {args.folder}")
-    ratios, speeds = [], []
+    ratios, costs, speeds = [], [], []
     for _ in range(args.rounds):
-        plain = run_plain(documents, tokenizer)
-        seconds, peak = run_prepare(texts, scratch / "out", args.tokenizer, args.workers)
+        plain, plain_cost = run_plain(documents, tokenizer)
+        seconds, cost, peak = run_prepare(texts, scratch / "out", args.tokenizer, args.workers)
         ratios.append(plain / seconds)
-        speeds.append(size / seconds)
+        costs.append(cost / plain_cost)
+        speeds.append(size / seconds / 1e6)
         print(f"plain loop {size / plain / 1e6:.2f} MB/s; prepare.py with {args.workers} processes, start to end, "
-              f"{speeds[-1] / 1e6:.2f} MB/s = {ratios[-1]:.2f}x; peak {peak / 1e6:.0f} MB", flush=True)
-    print(f"median {statistics.median(speeds) / 1e6:.2f} MB/s, {statistics.median(ratios):.2f}x the plain loop")
+              f"{speeds[-1]:.2f} MB/s = {ratios[-1]:.2f}x with {costs[-1]:.2f}x the processor time; "
+              f"peak {peak / 1e6:.0f} MB", flush=True)
+    print(f"median {statistics.median(speeds):.2f} MB/s, {statistics.median(ratios):.2f}x the plain loop, with "
+          f"{statistics.median(costs):.2f}x its processor time")
 
 
 def main():
