@@ -120,7 +120,7 @@ def row_records(what: str, field: str, name: str, config: str | None = None, spl
         raise DanubeError(f"reading {what} takes the package datasets: pip install datasets") from error
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True, **options)
+        rows = datasets.load_dataset(name, config or None, split=split, streaming=True, **options)
         for number, row in enumerate(rows, start=1):
             used = {key: row[key] for key in (field, "messages") if key in row}
             yield Record(f"{what}, row {number}", 0, True, json.dumps(used).encode())
@@ -134,7 +134,8 @@ def find_files(pattern: str) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
     if not path.exists():
-        found = [file for match in sorted(glob.glob(pattern, recursive=True)) for file in find_files(match)]
+        matches = sorted(match for match in glob.glob(pattern, recursive=True) if os.path.exists(match))
+        found = [file for match in matches for file in find_files(match)]
         if not found:
             raise DanubeError(f"{pattern}: no such file")
         return found
@@ -590,8 +591,9 @@ def arguments() -> argparse.Namespace:
     if args.open == bool(args.inputs) or args.open != bool(args.tokens):
         parser.error("give inputs as SOURCE=PATTERN, or --open and --tokens")
     for text in args.inputs:
-        if not re.fullmatch(r"[a-z0-9_-]+=.+", text, re.DOTALL):
-            parser.error(f"{text!r} is not SOURCE=PATTERN, the source in small letters, digits, - and _")
+        if not re.fullmatch(r"[a-z0-9_-]+=(hub:[^:]+(:[^:]*(:[^:]+)?)?|(?!hub:).+)", text, re.DOTALL):
+            parser.error(f"{text!r} is not SOURCE=PATTERN, the source in small letters, digits, - and _, the pattern "
+                         "a file, a folder, a glob or hub:owner/name[:config[:split]]")
     return args
 
 

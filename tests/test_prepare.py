@@ -88,17 +88,12 @@ def shard_documents(folder, source, split):
     assert [len(shard) for shard in shards] == meta["sources"][source][split]
     assert all(shard[0] == 1 and shard[-1] == 2 for shard in shards)
     ids = np.concatenate(shards)
-    return [document[:-1].tolist() for document in np.split(ids, np.flatnonzero(ids == 1))[1:] for document in
-            [document[1:]]]
-
-
-def text_digest(text):
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return [document[1:-1].tolist() for document in np.split(ids, np.flatnonzero(ids == 1))[1:]]
 
 
 def order_of(text):
-    high, low = np.frombuffer(text_digest(text), "<u8").tolist()
-    return high, low
+    """The two halves of its digest: where it stands in its source, and whether it is for validation."""
+    return tuple(np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8").tolist())
 
 
 # ------------------------------------------------------------------------------------------------------- what it writes
@@ -212,20 +207,20 @@ def test_plain_text_is_read_as_python_reads_it(tmp_path, tokenizer):
     assert sorted(found) == sorted(map(tokenizer.encode, ["one\ntwo\n", "three"]))
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "hub"])
+@pytest.mark.parametrize("name", ["rows.parquet", "hub", "hub with a split"])
 def test_data_sets(tmp_path, tokenizer, name):
     """Parquet files, and what hub: names (here a folder, which the package datasets opens in the same way)."""
     datasets = pytest.importorskip("datasets")
     texts = some_texts(30)
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"words": texts, "n": range(30)}).to_parquet(tmp_path / "set" / "rows.parquet")
-    pattern = f"hub:{tmp_path / 'set'}" if name == "hub" else tmp_path / "set"
+    pattern = {"hub": f"hub:{tmp_path / 'set'}", "hub with a split": f"hub:{tmp_path / 'set'}::train"}.get(
+        name, tmp_path / "set")
     prepared(tmp_path / "out", tokenizer, f"web={pattern}", text_field="words")
     found = [ids for split in ("train", "val") for ids in shard_documents(tmp_path / "out", "web", split)]
     assert sorted(found) == sorted(map(tokenizer.encode, texts))
-    assert "web,row0" in one_line_error(start("--out", tmp_path / "no", "--tokenizer", tokenizer.model_file,
-                                              f"web={pattern}")).replace(str(pattern), "web").replace(
-                                                  "/rows.parquet", "").replace(" row 1", "row0")
+    line = one_line_error(start("--out", tmp_path / "no", "--tokenizer", tokenizer.model_file, f"web={pattern}"))
+    assert 'row 1: there is no text under "text"' in line and str(pattern) in line
 
 
 def test_open_sources_stop_at_their_share(tmp_path, tokenizer, monkeypatch, small_batches):
@@ -454,6 +449,8 @@ def test_a_line_without_end(tmp_path, tokenizer, monkeypatch):
     (["--tokens", "1k", "web=a.txt"], "--open and --tokens"), (["--open", "--tokens", "1k", "web=a"], "give inputs"),
     (["a.txt"], "'a.txt' is not SOURCE=PATTERN"), (["We b=a.txt"], "'We b=a.txt' is not SOURCE=PATTERN"),
     (["../web=a.txt"], "is not SOURCE=PATTERN"), (["web="], "is not SOURCE=PATTERN"),
+    (["web=hub:owner/name:config:split:more"], "is not SOURCE=PATTERN"), (["web=hub:"], "is not SOURCE=PATTERN"),
+    (["web={folder}/gone.txt"], "gone.txt: no such file"),
     (["--val", "1.5", "web=a"], "'1.5' is no fraction"), (["--val", "nan", "web=a"], "'nan' is no fraction"),
     (["--workers", "0", "web=a"], "no whole number of at least 1"),
     (["--tokenizer", "train:70000", "web=a"], "up to 65,536"),
@@ -467,6 +464,7 @@ def test_bad_command_lines(tmp_path, tokenizer, arguments, words):
     places = {"texts": tmp_path / "a.txt", "folder": tmp_path / "folder", "huge": tmp_path / "huge.model"}
     places["texts"].write_text("a text")
     places["folder"].mkdir()
+    (places["folder"] / "gone.txt").symlink_to(tmp_path / "nowhere")
     (places["folder"] / "tokenizer.model").write_bytes(b"none")
     if "{huge}" in arguments:
         huge_tokenizer(places["huge"])
