@@ -5,15 +5,17 @@ hub:owner/name[:config[:split]] for a data set on the Hugging Face Hub, which is
 open data set for each of the six sources. What follows is in the order of the work:
 
     read         inputs, one after another -> records of bytes, in batches of about 4 MB
-    spool        a pool of processes: each batch -> one file of documents as ids, sorted by the digest of their text
-    shards       each takes its part of the range of digests from every spool file
+    spool        a pool of processes: each batch -> one file of documents as ids, with the digests of their texts
+    shards       each takes its part of the range of digests from every spool file, and sorts it
 
 A digest is a number that looks random but depends on the text alone. Sorted by it, the documents of a source are
-shuffled, and whatever stood in whichever file, was read in whichever order, by however many processes, the result is
-the same. Duplicates meet; and its second half says whether a document is for validation, now and in any later data set.
+shuffled, and the result is the same in whichever files and in whichever order they stood, and with however many
+processes. Duplicates meet, and go (within a source). The digest's second half says whether a document is for
+validation, now and in any later data set.
 
-Files get their names when they are whole, so whatever ends the program, the same command goes on where it was (the
-inputs are read again up to there, but that is quick; what is downloaded is downloaded again).
+Files get their names when they are whole, so whatever ends the program, the same command goes on where it was. (Inputs
+are read again up to there, which is quick for files, while data sets are downloaded again.) The spool takes as much
+room on the disk as the result, and goes when that is finished.
 """
 import argparse
 import contextlib
@@ -176,7 +178,6 @@ class Source:
                     for record in self.file_records(raw, part):
                         self.position = before + raw.tell()
                         yield record
-        self.position = sum(self.sizes)
 
     def file_records(self, raw: io.BufferedReader, path: Path) -> Iterator[Record]:
         file = gzip.open(raw) if path.name.endswith(".gz") else raw
@@ -252,8 +253,8 @@ def encode(document: str | list[dict], tokenizer: danube3.Tokenizer) -> np.ndarr
     return np.array([1, *danube3.render_chat(document, tokenizer)[0]], dtype="<u2")
 
 
-# A spool file: the number of documents n, an index of n entries sorted by digest, and the ids of the documents in the
-# same order. All are little-endian, and everything starts at an even byte.
+# A spool file: the number of documents n, an index of n entries, and the ids of the documents in the same order. All
+# are little-endian, and everything starts at an even byte.
 INDEX = np.dtype([("high", "<u8"), ("low", "<u8"), ("length", "<u4")])  # the halves of the digest; ids
 
 
@@ -290,8 +291,7 @@ def write_spool(path: Path, batch: list[Record], field: str, model_file: Path) -
     index = np.zeros(len(ids), INDEX)
     index["high"], index["low"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2).T
     index["length"] = [len(each) for each in ids]
-    order = np.lexsort((index["low"], index["high"]))
-    write_whole(path, np.array([len(ids)], "<u8"), index[order], *(ids[i] for i in order))
+    write_whole(path, np.array([len(ids)], "<u8"), index, *ids)
 
 
 def start_worker() -> None:

@@ -251,8 +251,10 @@ def test_what_the_stages_need():
     assert needed["web"] == pytest.approx(web / 0.995, rel=1e-9)
 
 
-def test_training_a_tokenizer(tmp_path, tokenizer, corpus):
-    """The same from the same texts, whatever their order; shards in its ids."""
+def test_training_a_tokenizer(tmp_path, corpus, monkeypatch):
+    """The same from the same texts, whatever their order, from a part of them; shards in its ids."""
+    monkeypatch.setattr(prepare, "SAMPLE_PIECES", 60)
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 200)
     folder, texts = corpus
     inputs = [f"web={folder / 'a.jsonl'}", f"web={folder / 'below'}", f"web={folder}/*.txt", f"web={folder}/*.md"]
     for out, order in ((tmp_path / "one", inputs), (tmp_path / "two", inputs[::-1])):
@@ -282,6 +284,8 @@ def interrupted_run(tmp_path, tokenizer, folder, at, how, log):
             if path.name == at:
                 path.with_name(f"{path.name}.partial").write_bytes(b"half")
                 os.kill(parent, how)
+                if how == signal.SIGINT:  # as from a terminal: to all processes
+                    os.kill(os.getpid(), how)
                 time.sleep(60 if how == signal.SIGKILL else 0.5)
             write_whole(path, *parts)
 
@@ -346,6 +350,7 @@ def test_interrupted_and_then_no_room(tmp_path, tokenizer, corpus):
     log = tmp_path / "log"
     assert interrupted_run(tmp_path, tokenizer, corpus[0], "web-000000.spool", signal.SIGINT, log) == 2
     assert "interrupted: the same command goes on" in log.read_text() and log.read_text().count("\n") == 1
+    assert (tmp_path / "out.partial" / "spool" / "web-000000.spool").is_file()  # what was begun is finished
     for name in ("spool/web-000004.spool", "web-train-00002.bin"):
         half = tmp_path / "out.partial" / f"{name}.partial"
         half.symlink_to("/dev/full")  # whatever is written there meets "No space left on device"
