@@ -1,0 +1,496 @@
+"""data/prepare.py: what the shards hold, that nothing but the texts decides it, what survives a kill, bad input."""
+
+import contextlib
+import errno
+import gzip
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SENTENCES, TINY, one_line_error, run
+
+import danube3
+from data import prepare
+
+FORK = multiprocessing.get_context("fork")
+WORDS = "Ada Marrow keeps nine geese \u00e9t\u00e9 \U0001f600 </s> <s> <|answer|> and\nlives by the river".split(" ")
+
+
+def some_texts(count, seed=0, longest=60):
+    draw = random.Random(seed)
+    return [f"{seed}/{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(1, longest))) for i in range(count)]
+
+
+def write_lines(path, rows):
+    data = "".join(json.dumps(row if isinstance(row, dict) else {"text": row}) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Spool files of a few documents, so that there are many."""
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 2_000)
+
+
+@pytest.fixture
+def corpus(tmp_path, tokenizer, small_batches):
+    """120 texts in four files of as many kinds, ten of them twice."""
+    texts = some_texts(120)
+    folder = tmp_path / "texts"
+    (folder / "below").mkdir(parents=True)
+    write_lines(folder / "a.jsonl", texts[:60])
+    write_lines(folder / "below" / "b.jsonl.gz", texts[50:100])
+    for i, text in enumerate(texts[100:]):
+        (folder / f"{i:02d}{('.txt', '.md')[i % 2]}").write_text(text, encoding="utf-8")
+    (folder / "picture.png").write_bytes(b"\xff\xfe")  # passed over
+    return folder, texts
+
+
+def start(*arguments):
+    """prepare.py within this process, as `python data/prepare.py` would run -> CompletedProcess"""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+        try:
+            danube3.run_command(prepare.main)
+        except SystemExit as exit:
+            code = exit.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+def prepared(out, tokenizer, *arguments, **options):
+    options = {"workers": 2, "shard_tokens": 700, "val": 0.1, **options}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    result = start("--out", out, "--tokenizer", tokenizer.model_file, *flags, *arguments)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    return result
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def shard_documents(folder, source, split):
+    """Every document of a source, as lists of ids without <s> and </s>."""
+    meta = json.loads((folder / "meta.json").read_text())
+    shards = [np.fromfile(folder / f"{source}-{split}-{i:05d}.bin", "<u2") for i in
+              range(len(meta["sources"][source][split]))]
+    assert [len(shard) for shard in shards] == meta["sources"][source][split]
+    assert all(shard[0] == 1 and shard[-1] == 2 for shard in shards)
+    ids = np.concatenate(shards)
+    return [document[1:-1].tolist() for document in np.split(ids, np.flatnonzero(ids == 1))[1:]]
+
+
+def order_of(text):
+    """The two halves of its digest: where it stands in its source, and whether it is for validation."""
+    return tuple(np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8").tolist())
+
+
+# ------------------------------------------------------------------------------------------------------- what it writes
+def test_shards_hold_the_documents(tmp_path, tokenizer, corpus):
+    """Each text once, as a direct encode gives it, by its digest: half of the digest sorts, the other half splits."""
+    folder, texts = corpus
+    result = prepared(tmp_path / "out", tokenizer, f"web={folder}")
+    expected = {"train": [], "val": []}
+    for text in sorted(texts, key=order_of):
+        expected["val" if order_of(text)[1] < 0.1 * 2**64 else "train"].append(tokenizer.encode(text))
+    assert len(expected["val"]) > 3
+    for split, documents in expected.items():
+        assert shard_documents(tmp_path / "out", "web", split) == documents
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    train, val = (sum(meta["sources"]["web"][split]) for split in ("train", "val"))
+    shards = sum(len(counts) for counts in meta["sources"]["web"].values())
+    row = result.stdout.splitlines()[1].split()
+    assert row == ["web", "130", "10", f"{train:,}", f"{val:,}", str(shards)]
+    assert meta["vocab_size"] == tokenizer.vocab_size and meta["tokenizer_sha256"] == tokenizer.sha256
+    names = {"tokenizer.model", "meta.json"}
+    assert {name for name in contents(tmp_path / "out") if not name.endswith(".bin")} == names
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_training_opens_it(tmp_path, tokenizer, corpus):
+    folder, _ = corpus
+    prepared(tmp_path / "out", tokenizer, f"web={folder}", f"other={folder}/*.md", f"other={folder / '00.txt'}")
+    stages = (danube3.Stage("one", 64 * 20, {"web": 3, "other": 1}),)
+    data = danube3.TokenData(tmp_path / "out", TINY, 16)
+    assert danube3.StagedData(data, danube3.Recipe(stages, 16, 64, 2, 1e-3)).batch(19)[0].shape == (4, 16)
+    assert data.open("web", "val").windows and data.open("other", "train").windows
+
+
+def test_only_the_texts_decide(tmp_path, tokenizer, corpus, monkeypatch):
+    """Not the number of processes, not the order of the inputs, not what shares a batch."""
+    folder, _ = corpus
+    first = [f"web={folder / 'a.jsonl'}", f"web={folder / 'below'}", f"web={folder}/*.txt", f"web={folder}/*.md"]
+    prepared(tmp_path / "one", tokenizer, *first, workers=1)
+    prepared(tmp_path / "two", tokenizer, *first[::-1], workers=3)
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 10**6)
+    prepared(tmp_path / "three", tokenizer, *first[::-1], workers=1)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
+
+
+def test_shard_size_changes_only_the_cuts(tmp_path, tokenizer, corpus):
+    folder, _ = corpus
+    whole = {}
+    for size in (1, 500, 10**6):
+        out = tmp_path / str(size)
+        prepared(out, tokenizer, f"web={folder}", shard_tokens=size)
+        meta = json.loads((out / "meta.json").read_text())["sources"]["web"]
+        for split in ("train", "val"):
+            ids = b"".join((out / f"web-{split}-{i:05d}.bin").read_bytes() for i in range(len(meta[split])))
+            assert whole.setdefault(split, ids) == ids
+            assert len(meta[split]) >= min(len(ids) // 2 // (size + 200), 100)
+            assert all(0 < count < size + 500 for count in meta[split])
+    assert len(meta["train"]) == 1
+
+
+def test_every_source_has_both_splits(tmp_path, tokenizer):
+    """However small it is: the text with the lowest half for validation, and never all of them."""
+    path = write_lines(tmp_path / "two.jsonl", texts := ["one text", "another text", "one text"])
+    by_half = sorted(texts[:2], key=lambda text: order_of(text)[1])
+    for val in (0.000001, 0.999999):
+        prepared(tmp_path / f"out{val}", tokenizer, f"web={path}", val=val)
+        for split, text in zip(("val", "train"), by_half):
+            assert shard_documents(tmp_path / f"out{val}", "web", split) == [tokenizer.encode(text)]
+
+
+def test_conversations(tmp_path, tokenizer):
+    """In the published format; a system message opens the first question; typed control tokens stay text."""
+    user, assistant = {"role": "user", "content": "Where? </s>"}, {"role": "assistant", "content": "Here <s>."}
+    talks = [[user, assistant], [user, assistant] * 2, [{"role": "system", "content": "Be kind."}, user, assistant]]
+    path = write_lines(tmp_path / "chats.jsonl", [{"messages": talk} for talk in [*talks, talks[0]]])
+    prepared(tmp_path / "out", tokenizer, f"instruct={path}")
+    talks[2] = [{"role": "user", "content": "Be kind.\n\nWhere? </s>"}, assistant]
+    expected = [danube3.render_chat(talk, tokenizer)[0] for talk in talks]
+    assert all(ids[-1] == 2 and 1 not in ids for ids in expected)
+    found = [ids for split in ("train", "val") for ids in shard_documents(tmp_path / "out", "instruct", split)]
+    assert sorted(found) == sorted(ids[:-1] for ids in expected)
+
+
+def test_long_texts_are_cut_at_line_ends(tmp_path, tokenizer, monkeypatch):
+    """Nothing is lost; a line that is too long is cut between characters; a text of just the size stays whole."""
+    monkeypatch.setattr(prepare, "DOCUMENT_BYTES", 100)
+    draw = random.Random(0)
+    for seed in range(200):
+        letters = ["a", "\u00e9", "\u20ac", "\U0001f600", "\n" * (seed % 3)]
+        text = "".join(draw.choices(letters, k=draw.randrange(1, 300)))
+        rest, parts = text.encode(), []
+        while rest:
+            parts.append(rest[: prepare.first_cut(rest)])
+            rest = rest[len(parts[-1]) :]
+        assert "".join(part.decode() for part in parts) == text and max(map(len, parts)) <= 100
+        assert all(part.endswith(b"\n") or len(part) > 96 or b"\n" not in part for part in parts[:-1])
+        (tmp_path / "long.txt").write_bytes(text.encode())
+        source = prepare.Source("web", [str(tmp_path / "long.txt")], "text")
+        assert [record.content for record in source.records()] == parts
+        record = prepare.Record("place", 0, True, json.dumps({"text": text}).encode())
+        assert [part.encode() for part in prepare.documents(record, "text")] == [part for part in parts if part.strip()]
+    assert prepare.first_cut(b"\n" + b"a" * 99) == 100
+
+
+def test_plain_text_is_read_as_python_reads_it(tmp_path, tokenizer):
+    """Windows line ends and byte order marks are not part of a text; gzip is."""
+    texts = [b"\xef\xbb\xbfone\r\ntwo\r\n", gzip.compress(b"three")]
+    for name, text in zip(("a.txt", "b.txt.gz"), texts):
+        (tmp_path / name).write_bytes(text)
+    prepared(tmp_path / "out", tokenizer, f"web={tmp_path}")
+    found = [ids for split in ("train", "val") for ids in shard_documents(tmp_path / "out", "web", split)]
+    assert sorted(found) == sorted(map(tokenizer.encode, ["one\ntwo\n", "three"]))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "hub", "hub with a split"])
+def test_data_sets(tmp_path, tokenizer, name):
+    """Parquet files, and what hub: names (here a folder, which the package datasets opens in the same way)."""
+    datasets = pytest.importorskip("datasets")
+    texts = some_texts(30)
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"words": texts, "n": range(30)}).to_parquet(tmp_path / "set" / "rows.parquet")
+    pattern = {"hub": f"hub:{tmp_path / 'set'}", "hub with a split": f"hub:{tmp_path / 'set'}::train"}.get(
+        name, tmp_path / "set")
+    prepared(tmp_path / "out", tokenizer, f"web={pattern}", text_field="words")
+    found = [ids for split in ("train", "val") for ids in shard_documents(tmp_path / "out", "web", split)]
+    assert sorted(found) == sorted(map(tokenizer.encode, texts))
+    line = one_line_error(start("--out", tmp_path / "no", "--tokenizer", tokenizer.model_file, f"web={pattern}"))
+    assert 'row 1: there is no text under "text"' in line and str(pattern) in line
+
+
+def test_open_sources_stop_at_their_share(tmp_path, tokenizer, monkeypatch, small_batches):
+    """--open --tokens: whole batches in order until the three stages have what they need, with any number of
+    processes; a source with less than that is taken whole, and it is said."""
+    datasets = pytest.importorskip("datasets")
+    for i, source in enumerate(danube3.SOURCES):
+        (tmp_path / source).mkdir()
+        texts = {"text": some_texts(40 if source == "other" else 400, seed=i)}
+        datasets.Dataset.from_dict(texts).to_parquet(tmp_path / source / "rows.parquet")
+    assert list(prepare.OPEN) == list(danube3.SOURCES) and all(p.startswith("hub:") for p in prepare.OPEN.values())
+    monkeypatch.setattr(prepare, "OPEN", {source: f"hub:{tmp_path / source}" for source in danube3.SOURCES})
+    needed = prepare.tokens_needed(4_000_000, 0.1)
+    assert abs(sum(needed.values()) - 4_000_000 / 0.9) < 10 and list(needed) == list(danube3.SOURCES)
+    needed = {source: 3_000 for source in needed} | {"other": 10**6}
+    monkeypatch.setattr(prepare, "tokens_needed", lambda total, val: needed)
+    results = [prepared(tmp_path / f"out{n}", tokenizer, "--open", tokens="4M", workers=n) for n in (1, 3)]
+    assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
+    assert results[0].stdout.count("fewer than the 1,000,000 planned") == 1
+    for source, counts in json.loads((tmp_path / "out1" / "meta.json").read_text())["sources"].items():
+        total = sum(map(sum, counts.values()))
+        assert source == "other" or 3_000 <= total < 3_000 + 2 * 2_000
+
+
+def test_what_the_stages_need():
+    needed = prepare.tokens_needed(4 * 10**12, 0.005)
+    web = (2_800 * 0.906 + 1_150 * 0.817 + 50 * 0.516) * 10**9
+    assert needed["web"] == pytest.approx(web / 0.995, rel=1e-9)
+
+
+def test_training_a_tokenizer(tmp_path, corpus, monkeypatch):
+    """The same from the same texts, whatever their order, from a part of them; shards in its ids."""
+    monkeypatch.setattr(prepare, "SAMPLE_PIECES", 60)
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 200)
+    folder, texts = corpus
+    inputs = [f"web={folder / 'a.jsonl'}", f"web={folder / 'below'}", f"web={folder}/*.txt", f"web={folder}/*.md"]
+    for out, order in ((tmp_path / "one", inputs), (tmp_path / "two", inputs[::-1])):
+        result = start("--out", out, "--tokenizer", "train:330", "--workers", 1, *order)
+        assert result.returncode == 0, result.stderr
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    trained = danube3.Tokenizer(tmp_path / "one" / "tokenizer.model")
+    found = [ids for split in ("train", "val") for ids in shard_documents(tmp_path / "one", "web", split)]
+    assert trained.vocab_size == 330 and sorted(found) == sorted(map(trained.encode, texts))
+
+
+def test_mistral_tokenizer(tmp_path, corpus):
+    mistral = prepare.find_tokenizer("mistral").model_file
+    result = start("--out", tmp_path / "out", "--tokenizer", "mistral", "--workers", 1, f"web={corpus[0]}")
+    assert result.returncode == 0 and (tmp_path / "out" / "tokenizer.model").read_bytes() == mistral.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ going on
+def interrupted_run(tmp_path, tokenizer, folder, at, how, log):
+    """Run in a process of its own, in which the writer of the file `at` leaves half of it and sends `how`.
+    -> exit code"""
+
+    def body():
+        write_whole, parent = prepare.write_whole, os.getpid()
+
+        def write_half(path, *parts):
+            if path.name == at:
+                path.with_name(f"{path.name}.partial").write_bytes(b"half")
+                os.kill(parent, how)
+                if how == signal.SIGINT:  # as from a terminal: to all processes
+                    os.kill(os.getpid(), how)
+                time.sleep(60 if how == signal.SIGKILL else 0.5)
+            write_whole(path, *parts)
+
+        prepare.write_whole = write_half
+        result = start(*command(tmp_path, tokenizer, folder))
+        log.write_text(result.stderr)
+        os._exit(result.returncode)
+
+    process = FORK.Process(target=body)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def command(tmp_path, model, folder, **options):
+    options = {"workers": 1, "shard-tokens": 700, "val": 0.1, "tokenizer": model.model_file, **options}
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return ["--out", tmp_path / "out", *flags, f"web={folder}"]
+
+
+@pytest.mark.parametrize("at", ["state.json", "web-000000.spool", "web-000004.spool", "web.finished",
+                                "web-train-00000.bin", "web-train-00003.bin", "web-val-00000.bin", "meta.json"])
+def test_killed_and_begun_again(tmp_path, tokenizer, corpus, monkeypatch, at):
+    """kill -9 while a file is half written: the same command gives the same bytes, and writes no finished piece
+    again."""
+    prepared(tmp_path / "whole", tokenizer, f"web={corpus[0]}", workers=2)
+    assert interrupted_run(tmp_path, tokenizer, corpus[0], at, signal.SIGKILL, tmp_path / "log") == -9
+    partial = tmp_path / "out.partial"
+    finished = {path.name: path.stat().st_mtime_ns for path in partial.rglob("*") if not path.name.endswith(".partial")}
+    write_whole = prepare.write_whole
+
+    def write_and_tell(path, *parts):
+        write_whole(path, *parts)
+        with open(tmp_path / "written", "a") as file:
+            file.write(f"{path.name}\n")
+
+    monkeypatch.setattr(prepare, "write_whole", write_and_tell)
+    assert start(*command(tmp_path, tokenizer, corpus[0], workers=2)).returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    written = (tmp_path / "written").read_text().split()
+    assert at in written and not set(written) & set(finished) and len(written) == len(set(written))
+    for path in (tmp_path / "out").iterdir():
+        assert finished.get(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    assert not partial.exists()
+
+
+def test_killed_before_the_last_renaming(tmp_path, tokenizer, corpus, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Path, "rename", lambda *args: os._exit(1))
+        process = FORK.Process(target=lambda: start(*command(tmp_path, tokenizer, corpus[0])))
+        process.start()
+        process.join(60)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial" / "spool").exists()
+    result = start(*command(tmp_path, tokenizer, corpus[0]))
+    assert result.returncode == 0 and result.stdout.splitlines()[1].split()[:3] == ["web", "130", "10"]
+    prepared(tmp_path / "whole", tokenizer, f"web={corpus[0]}")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_interrupted_and_then_no_room(tmp_path, tokenizer, corpus):
+    """Ctrl-C and a full disk end in one line that says how to go on; what is there stays valid."""
+    log = tmp_path / "log"
+    assert interrupted_run(tmp_path, tokenizer, corpus[0], "web-000000.spool", signal.SIGINT, log) == 2
+    assert "interrupted: the same command goes on" in log.read_text() and log.read_text().count("\n") == 1
+    assert (tmp_path / "out.partial" / "spool" / "web-000000.spool").is_file()  # what was begun is finished
+    for name in ("spool/web-000004.spool", "web-train-00002.bin"):
+        half = tmp_path / "out.partial" / f"{name}.partial"
+        half.symlink_to("/dev/full")  # whatever is written there meets "No space left on device"
+        line = one_line_error(start(*command(tmp_path, tokenizer, corpus[0])))
+        assert os.strerror(errno.ENOSPC) in line and "the same command goes on" in line
+        half.unlink()
+    assert start(*command(tmp_path, tokenizer, corpus[0])).returncode == 0
+    prepared(tmp_path / "whole", tokenizer, f"web={corpus[0]}")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_workers_die_with_their_parent(tmp_path, tokenizer, corpus):
+    """The pipe that the program writes to ends when the last of its processes has gone."""
+    code = ("import os, sys; from data import prepare; write = prepare.write_spool\n"
+            "def write_spool(*a): os.kill(os.getppid(), 9)\n"
+            "prepare.write_spool = write_spool; sys.argv[0] = 'prepare.py'; prepare.danube3.run_command(prepare.main)")
+    result = run("-c", code, *command(tmp_path, tokenizer, corpus[0], workers=3), timeout=60)
+    assert result.returncode == -9
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"val": 0.2}, "another --val"), ({"shard-tokens": 800}, "another --shard-tokens"),
+    ({"text-field": "body"}, "another --text-field"), ({"tokenizer": "train:300"}, "another --tokenizer"),
+    ({"input": 1}, "another source web"), ({"source": 1}, "another source other")])
+def test_going_on_takes_the_same_command(tmp_path, tokenizer, corpus, change, words):
+    folder, log = corpus[0], tmp_path / "log"
+    assert interrupted_run(tmp_path, tokenizer, folder, "web-000003.spool", signal.SIGKILL, log) == -9
+    more = [f"other={folder}"] if change.pop("source", 0) else []
+    if change.pop("input", 0):
+        os.utime(folder / "a.jsonl", ns=(1, 1))
+    line = one_line_error(start(*command(tmp_path, tokenizer, folder, **change), *more))
+    assert words in line and "remove that folder" in line and str(tmp_path / "out.partial") in line
+    assert len(list((tmp_path / "out.partial" / "spool").glob("*.spool"))) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+def huge_tokenizer(path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = 2
+    for i, piece in enumerate(["<unk>", "<s>", "</s>", *map(str, range(65_534))]):
+        model.pieces.add(piece=piece, score=-i, type={0: 2, 1: 3, 2: 3}.get(i, 1))
+    path.write_bytes(model.SerializeToString())
+
+
+BAD_FILES = {
+    "empty.txt": (b"", "source 'web' has no documents in"),
+    "space.jsonl": (b'{"text": " "}\n\n', "source 'web' has no documents in"),
+    "one.txt": (b"only this", "source 'web' has only one document"),
+    "latin.txt": ("line\ncaf\u00e9".encode("latin-1"), "latin.txt: byte 8 is not UTF-8 text"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "latin.jsonl, line 2: byte 24 is not UTF-8 text"),
+    "cut.txt.gz": (gzip.compress(random.Random(0).randbytes(9_999))[:-3_000], "cut.txt.gz is a broken gzip file"),
+    "no.jsonl.gz": (b"plain", "no.jsonl.gz is a broken gzip file"),
+    "bad.json.gz": (gzip.compress(b'{"text": "good"}\nbad'), "bad.json.gz, line 2: not JSON"),
+    "damaged.txt.gz": (gzip.compress(bytes(9_999))[:20] + b"damaged" * 9, "damaged.txt.gz is a broken gzip file"),
+    "number.jsonl": (b'{"text": 5}', 'number.jsonl, line 1: there is no text under "text"'),
+    "lacks.jsonl": (b'{"text": "a"}\n\n{"body": "b"}', 'lacks.jsonl, line 3: there is no text under "text"'),
+    "array.jsonl": (b'["text"]', "array.jsonl, line 1: not a JSON object"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1: not JSON"),
+    "half.jsonl": (b'{"text": "\\ud800"}', "half.jsonl, line 1: not valid Unicode"),
+    "role.jsonl": (b'{"messages": [{"role": "tool", "content": "a"}]}', "role.jsonl, line 1: message 1 has the role"),
+    "talk.jsonl": (b'{"messages": [{"role": "user"}]}', "talk.jsonl, line 1: a chat message has no text"),
+    "list.jsonl": (b'{"messages": "a"}', 'list.jsonl, line 1: "messages" must be a list'),
+    "surrogate.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 1: this text is not valid"),
+    "scan.pdf": (b"", "scan.pdf: what this file holds cannot be told from its name"),
+    "rows.parquet": (b"PAR1", "rows.parquet cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(tmp_path, tokenizer, name):
+    data, words = BAD_FILES[name]
+    (tmp_path / name).write_bytes(data)
+    pattern = f"web={tmp_path}/{'*' + name[1:]}"
+    line = one_line_error(start("--out", tmp_path / "out", "--tokenizer", tokenizer.model_file, pattern))
+    assert words in line and not (tmp_path / "out").exists()
+
+
+def test_a_bad_line_far_into_a_file(tmp_path, tokenizer, small_batches):
+    """The first one in the order of the files is told, however many processes look."""
+    rows = [json.dumps({"text": text}) for text in some_texts(100)]
+    rows[60] = rows[90] = "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    for workers in (1, 3):
+        result = start("--out", tmp_path / "out", "--tokenizer", tokenizer.model_file, "--workers", workers,
+                       f"web={tmp_path / 'a.jsonl'}")
+        assert "a.jsonl, line 61: not JSON" in one_line_error(result)
+
+
+def test_a_line_without_end(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(prepare, "LINE_BYTES", 1_000)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "[" * 2_000)
+    result = start("--out", tmp_path / "out", "--tokenizer", tokenizer.model_file, f"web={tmp_path / 'a.jsonl'}")
+    assert "a.jsonl, line 2, is longer than 1,000 bytes" in one_line_error(result)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["web=/nowhere/a.txt"], "/nowhere/a.txt: no such file"), (["web=/nowhere/*.txt"], "no such file"),
+    ([], "give inputs as SOURCE=PATTERN, or --open"), (["--open"], "--open and --tokens"),
+    (["--tokens", "1k", "web=a.txt"], "--open and --tokens"), (["--open", "--tokens", "1k", "web=a"], "give inputs"),
+    (["a.txt"], "'a.txt' is not SOURCE=PATTERN"), (["We b=a.txt"], "'We b=a.txt' is not SOURCE=PATTERN"),
+    (["../web=a.txt"], "is not SOURCE=PATTERN"), (["web="], "is not SOURCE=PATTERN"),
+    (["web=hub:owner/name:config:split:more"], "is not SOURCE=PATTERN"), (["web=hub:"], "is not SOURCE=PATTERN"),
+    (["web={folder}/gone.txt"], "gone.txt: no such file"),
+    (["--val", "1.5", "web=a"], "'1.5' is no fraction"), (["--val", "nan", "web=a"], "'nan' is no fraction"),
+    (["--workers", "0", "web=a"], "no whole number of at least 1"),
+    (["--tokenizer", "train:70000", "web=a"], "up to 65,536"),
+    (["--tokenizer", "train:x", "web=a"], "'train:x' does not name a number"),
+    (["--tokenizer", "/nowhere", "web={texts}"], "no tokenizer at /nowhere"),
+    (["--tokenizer", "{folder}", "web={texts}"], "tokenizer.model is not a sentencepiece model"),
+    (["--tokenizer", "{huge}", "web={texts}"], "has 65,537 pieces"),
+    (["--tokenizer", "train:65000", "web={texts}"], "no tokenizer of 65000 pieces can be trained"),
+    (["--out", "{folder}", "web={texts}"], "already exists")])
+def test_bad_command_lines(tmp_path, tokenizer, arguments, words):
+    places = {"texts": tmp_path / "a.txt", "folder": tmp_path / "folder", "huge": tmp_path / "huge.model"}
+    places["texts"].write_text("a text")
+    places["folder"].mkdir()
+    (places["folder"] / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (places["folder"] / "tokenizer.model").write_bytes(b"none")
+    if "{huge}" in arguments:
+        huge_tokenizer(places["huge"])
+    arguments = [argument.format(**places) for argument in arguments]
+    result = start("--out", tmp_path / "out", "--tokenizer", tokenizer.model_file, *arguments)
+    assert words in one_line_error(result) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module, arguments, words", [
+    ("datasets", ["web=hub:owner/name"], "pip install datasets"),
+    ("mistral_common", ["--tokenizer", "mistral", "web=hub:owner/name"], "pip install mistral-common")])
+def test_missing_packages(tmp_path, tokenizer, monkeypatch, module, arguments, words):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = start("--out", tmp_path / "out", "--tokenizer", tokenizer.model_file, *arguments)
+    assert words in one_line_error(result)
+
+
+def test_as_a_user_runs_it(tmp_path):
+    """The program itself, with the smallest input there can be."""
+    write_lines(tmp_path / "a.jsonl", SENTENCES)
+    result = run(ROOT / "data" / "prepare.py", "--out", tmp_path / "out", "--tokenizer", "mistral",
+                 f"web={tmp_path / 'a.jsonl'}")
+    assert result.returncode == 0 and not result.stderr and (tmp_path / "out" / "meta.json").is_file()
+    assert f"--data {tmp_path / 'out'}" in result.stdout
