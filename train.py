@@ -87,6 +87,9 @@ def pretraining(args, base):
     danube3.wait_for_all()
     data = danube3.TokenData(folder, config, recipe.sequence_length)
     batches, model = danube3.StagedData(data, recipe), danube3.Danube3(config).init_weights(recipe.seed)
+    for source, times in batches.repeats.items():
+        if times > 1 and danube3.processes()[0] == 0:
+            print(f"source {source!r} has less text than its share, and is read {times:.1f} times")
     if base:
         model, tokenizer = danube3.load_checkpoint(base, dtype=torch.float32)
         model = danube3.merge_lora(model)

@@ -233,10 +233,7 @@ def documents(record: Record, field: str) -> Iterator[str | list[dict]]:
             found = [record.content.decode().removeprefix("\ufeff").replace("\r\n", "\n")]
         yield from (document for document in found if not isinstance(document, str) or document.strip())
     except UnicodeDecodeError as error:
-        raise DanubeError(f"{record.place}: byte {record.offset + error.start} is not UTF-8 text: convert the file"
-                          ) from error
-    except DanubeError as error:
-        raise DanubeError(f"{record.place}: {error}") from error
+        raise DanubeError(f"byte {record.offset + error.start} is not UTF-8 text: convert the file") from error
 
 
 def digest(document: str | list[dict]) -> bytes:
@@ -278,20 +275,24 @@ def open_tokenizer(model_file: Path) -> danube3.Tokenizer:
     return danube3.Tokenizer(model_file)  # once in every process
 
 
-def write_spool(path: Path, batch: list[Record], field: str, model_file: Path) -> None:
-    """What one process does with one batch."""
-    digests, ids, tokenizer = [], [], open_tokenizer(model_file)
+def write_spool(path: Path, batch: list[Record], field: str, model_file: Path) -> int:
+    """What one process does with one batch. -> rows left out: those of Hub data sets, which nobody here can mend, and
+    which are neither text nor conversation; in a file they are an error"""
+    digests, ids, tokenizer, left_out = [], [], open_tokenizer(model_file), 0
     for record in batch:
-        for document in documents(record, field):
-            try:
-                ids.append(encode(document, tokenizer))
-            except DanubeError as error:
+        try:
+            found = [(digest(document), encode(document, tokenizer)) for document in documents(record, field)]
+        except DanubeError as error:
+            if not record.place.startswith("hub:"):
                 raise DanubeError(f"{record.place}: {error}") from error
-            digests.append(digest(document))
+            found, left_out = [], left_out + 1
+        digests.extend(name for name, _ in found)
+        ids.extend(each for _, each in found)
     index = np.zeros(len(ids), INDEX)
     index["high"], index["low"] = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2).T
     index["length"] = [len(each) for each in ids]
     write_whole(path, np.array([len(ids)], "<u8"), index, *ids)
+    return left_out
 
 
 def start_worker() -> None:
@@ -334,21 +335,25 @@ def spool_source(source: Source, folder: Path, pool: ProcessPoolExecutor, worker
 
     if finished.is_file():
         return [folder / f"{source.name}-{number:06d}.spool" for number in range(int(finished.read_text()))]
-    paths, tokens, count = [], 0, 0
+    paths, tokens, count, left_out = [], 0, 0, 0
     unit, total = ("token", source.tokens) if source.streamed else ("B", sum(source.sizes))
     jobs = (begin(number, *batch) for number, batch in enumerate(source.batches()))
     with tqdm(desc=source.name, total=total, unit=unit, unit_scale=True, leave=False, disable=None) as bar:
         for path, future, position in in_order(jobs, 2 * workers):
             if future:
-                future.result()
+                left_out += future.result()
             index = read_index(path)
             paths.append(path)
             tokens, count = tokens + int(index["length"].sum()), count + len(index)
             bar.update((tokens if source.streamed else position) - bar.n)
             if source.tokens and tokens >= source.tokens:
                 break
+    skipped = f"{left_out:,} rows are left out, which have neither messages nor text under {source.field!r}"
     if not count:
-        raise DanubeError(f"source {source.name!r} has no documents in {', '.join(source.patterns)}")
+        raise DanubeError(f"source {source.name!r} has no documents in {', '.join(source.patterns)}"
+                          + (f"; {skipped}: name the field with --text-field" if left_out else ""))
+    if left_out:
+        print(f"{source.name}: {skipped}")
     write_whole(finished, str(len(paths)).encode())
     return paths
 
@@ -444,9 +449,13 @@ def write_source(folder: Path, source: Source, spools: list[Path], fraction: flo
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 def sample_pieces(source: Source) -> Iterator[str]:
     """Pieces of a source to train a tokenizer on: those with the lowest digests, so not only the first in order."""
-    texts = (document if isinstance(document, str) else "\n".join(turn["content"] for turn in document)
-             for record in source.records() for document in documents(record, source.field))
-    pieces = (text[i:i + SAMPLE_BYTES] for text in texts for i in range(0, len(text), SAMPLE_BYTES))
+    def texts() -> Iterator[str]:
+        for record in source.records():
+            with contextlib.suppress(DanubeError, KeyError, TypeError):  # write_spool will say what is wrong
+                for document in documents(record, source.field):
+                    yield document if isinstance(document, str) else "\n".join(turn["content"] for turn in document)
+
+    pieces = (text[i:i + SAMPLE_BYTES] for text in texts() for i in range(0, len(text), SAMPLE_BYTES))
     digests = ((digest(piece), piece) for piece in itertools.islice(pieces, SAMPLE_READ))
     return (piece for _, piece in heapq.nsmallest(SAMPLE_PIECES, digests))
 

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -220,7 +221,8 @@ def test_data_sets(tmp_path, tokenizer, name):
     found = [ids for split in ("train", "val") for ids in shard_documents(tmp_path / "out", "web", split)]
     assert sorted(found) == sorted(map(tokenizer.encode, texts))
     line = one_line_error(start("--out", tmp_path / "no", "--tokenizer", tokenizer.model_file, f"web={pattern}"))
-    assert 'row 1: there is no text under "text"' in line and str(pattern) in line
+    hub = "30 rows are left out, which have neither messages nor text under 'text': name the field with --text-field"
+    assert (hub if "hub" in name else 'row 1: there is no text under "text"') in line and str(pattern) in line
 
 
 def test_open_sources_stop_at_their_share(tmp_path, tokenizer, monkeypatch, small_batches):
@@ -494,3 +496,17 @@ def test_as_a_user_runs_it(tmp_path):
                  f"web={tmp_path / 'a.jsonl'}")
     assert result.returncode == 0 and not result.stderr and (tmp_path / "out" / "meta.json").is_file()
     assert f"--data {tmp_path / 'out'}" in result.stdout
+
+
+def test_bad_rows_of_the_hub_are_left_out(tmp_path, tokenizer):
+    """Nobody here can mend them: they are counted, and the others used. In a file the same rows end the run."""
+    rows = [{"text": f"Row {n} of the set."} for n in range(40)]
+    rows[7], rows[20] = {"text": None}, {"messages": [{"role": "assistant", "content": "First."}]}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--tokenizer", tokenizer.model_file, "--val", 0.1)
+    result = run("data/prepare.py", "--out", tmp_path / "out", *flags, f"web=hub:{tmp_path / 'set'}")
+    assert result.returncode == 0, result.stderr
+    assert "web: 2 rows are left out" in result.stdout and re.search(r"^web +38 +0 ", result.stdout, re.M)
+    line = one_line_error(run("data/prepare.py", "--out", tmp_path / "file", *flags, f"web={tmp_path / 'set'}"))
+    assert "rows.jsonl, line 8: there is no text" in line
