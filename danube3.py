@@ -1081,9 +1081,8 @@ class TokenData:
     def __init__(self, folder: str | Path, config: DanubeConfig, sequence_length: int) -> None:
         self.folder = Path(folder)
         if not (self.folder / "meta.json").is_file():
-            raise DanubeError(f"no data at {self.folder} (no meta.json): write token shards there (README, \"The real "
-                              "sizes\", has the lines that do it), or name their folder with --data; --dry-run shows "
-                              "the plan without data")
+            raise DanubeError(f"no data at {self.folder} (no meta.json): make token shards with data/prepare.py, or "
+                              "name their folder with --data; --dry-run shows the plan without data")
         self.meta, self.sequence_length, self.config = read_json(self.folder / "meta.json"), sequence_length, config
         if not isinstance(self.meta.get("sources"), dict) or not self.meta["sources"]:
             raise DanubeError(f"{self.folder / 'meta.json'} names no sources: make the data again")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import re
 from collections import Counter
 from fractions import Fraction
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ROOT, SENTENCES, TINY
+from conftest import SENTENCES, TINY
 
 import danube3
 
@@ -266,18 +265,16 @@ def test_shuffled_never_changes():
     assert [danube3.shuffled(i, 10**9, "7/web/3") for i in range(3)] == [459083794, 5971220, 50517585]
 
 
-def test_the_lines_of_the_readme_make_a_data_folder(tmp_path, tokenizer, monkeypatch):
-    """The script under "The real sizes", run as it stands, on a few files for each source."""
-    script = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_file.read_bytes())
-    for source in danube3.SOURCES:
-        (tmp_path / "texts" / source).mkdir(parents=True)
-        for i in range(3):
-            (tmp_path / "texts" / source / f"{i}.txt").write_text(SENTENCES[i] * 20)
-    (tmp_path / "data").mkdir()
-    monkeypatch.chdir(tmp_path)
-    exec(script, {})
-    recipe = danube3.Recipe(danube3.danube_stages(640, 640, 640), T, 64, 4, 1e-3)
-    data = danube3.TokenData(tmp_path / "data" / "500m", TINY, T)
-    assert danube3.StagedData(data, recipe).batch(29)[0].shape == (4, T)
-    assert all(data.open(source, "val").windows for source in danube3.SOURCES)
+def test_how_often_a_source_is_read(folder):
+    """The share of a run divided by the rows there are; more than a hundred times is refused, with the numbers."""
+    data = danube3.TokenData(folder, TINY, T)
+    rows = {name: data.open(name, "train").windows for name in ("a", "b")}
+    stage = danube3.Stage("one", 40 * 4 * T, {"a": 3, "b": 1})
+    recipe = danube3.Recipe((stage,), T, 4 * T, 4, 1e-3)
+    batches = danube3.StagedData(data, recipe)
+    assert batches.repeats == {"a": 120 / rows["a"], "b": 40 / rows["b"]}
+    longer = dataclasses.replace(recipe, stages=(dataclasses.replace(stage, tokens=400 * rows["b"] * T),))
+    assert danube3.StagedData(data, longer).repeats["b"] == 100
+    longer = dataclasses.replace(recipe, stages=(dataclasses.replace(stage, tokens=440 * rows["b"] * T),))
+    with pytest.raises(danube3.DanubeError, match=r"source 'b' has .* rows of .*, 110 times as many; more than 100"):
+        danube3.StagedData(data, longer)

@@ -300,7 +300,7 @@ def test_bad_flags_get_one_line(flags, words, tmp_path, toy_data):
 
 def test_the_plan_of_500m():
     """The real run is described in one screen; without its data, how to get that is said."""
-    assert "write token shards there" in one_line_error(call("train.py", "--config", "500m"))
+    assert "make token shards with data/prepare.py" in one_line_error(call("train.py", "--config", "500m"))
     result = call("train.py", "--config", "500m", "--dry-run")
     assert result.returncode == 0 and len(result.stdout.splitlines()) < 24
     for fact in ("513,590,784", "2,799,999,909,888", "90.6%", "81.7%", "51.6%", "memory", "floating-point operations"):
