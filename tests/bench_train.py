@@ -1,4 +1,4 @@
-"""Training speed against transformers: `python tests/bench_train.py`, a few minutes.
+"""Training speed against transformers: `python tests/bench_train.py [--config 500m --layers 2]`, a few minutes.
 
 The same configuration, batch and loss: our train_step, plain and compiled, and a plain loop of LlamaForCausalLM with
 torch.optim.AdamW. They alternate within one run, since a shared machine's speed moves from minute to minute; what
@@ -24,7 +24,7 @@ def our_step(config, recipe, ids, compiled):
     model = danube3.Danube3(config).init_weights(0)
     optimizer = danube3.make_optimizer(model, recipe)
     if compiled:
-        model.compile()
+        danube3.compile_model(model)
     return lambda: danube3.train_step(model, optimizer, ids, ids, recipe, 0)
 
 
@@ -52,9 +52,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=3, help="of each loop in a round")
+    parser.add_argument("--config", default="toy")
+    parser.add_argument("--layers", type=int, help="fewer than the configuration has")
     args = parser.parse_args()
-    config, recipe = danube3.CONFIGS["toy"], danube3.RECIPES["toy"]
-    recipe = dataclasses.replace(recipe, warmup_fraction=0.0)
+    config, recipe = danube3.CONFIGS[args.config], dataclasses.replace(danube3.RECIPES["toy"], warmup_fraction=0.0)
+    config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     ids = torch.randint(3, config.vocab_size, (recipe.rows_per_step, recipe.sequence_length))
     loops = {
         "transformers": their_step(config, recipe, ids),
