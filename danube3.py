@@ -875,6 +875,7 @@ def write_tensors(folder: Path, name: str, weights: dict[str, Tensor], trainer: 
     """The large files of a checkpoint."""
     try:
         safetensors.torch.save_file(weights, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # as the files beside it; safetensors lets nobody else read
         if trainer is not None:
             torch.save(trainer, folder / "trainer.pt")
     except (safetensors.SafetensorError, RuntimeError) as error:  # how these two report a full disk

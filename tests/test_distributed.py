@@ -79,10 +79,11 @@ def alone(toy_data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("processes, micro_batch_size", [(2, 2), (4, 1)])
-def test_processes_make_the_same_run(processes, micro_batch_size, alone, toy_data, tmp_path):
-    """With accumulation and clipping; and the checkpoint is an ordinary one, written once."""
+@pytest.mark.parametrize("processes, micro_batch_size, recompute", [(2, 2, "off"), (4, 1, "on")])
+def test_processes_make_the_same_run(processes, micro_batch_size, recompute, alone, toy_data, tmp_path):
+    """With accumulation and clipping, layers kept or computed again; and the checkpoint is an ordinary one."""
     flags = ("--data", toy_data, *FLAGS, "--micro-batch-size", micro_batch_size, "--out", tmp_path / "run")
+    flags += ("--recompute", recompute)
     output = finish(start(processes, *flags))
     assert output.count("parameters to train") == 1 and f"{processes} x cpu" in output
     same_curve(steps_of(tmp_path / "run"), steps_of(alone))
