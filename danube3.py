@@ -1952,6 +1952,8 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
             if len(ids) > context:
                 raise DanubeError(f"question {number} has {len(ids)} tokens, the context {context}: shorten it")
             rows.append((ids, first_difference(prompt_ids, ids)))
+            if rows[-1][1] == len(ids):
+                raise DanubeError(f"question {number} has a choice that adds nothing to its prompt: mend it")
     scores = iter(continuation_log_likelihood(model, rows))
     picks = []
     for question in questions:

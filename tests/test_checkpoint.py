@@ -278,6 +278,8 @@ def test_multiple_choice_by_hand(saved):
     assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
     with pytest.raises(danube3.DanubeError, match="question 1 lacks"):
         danube3.multiple_choice(model, tokenizer, [{"prompt": "x"}])
+    with pytest.raises(danube3.DanubeError, match="question 2 has a choice that adds nothing"):
+        danube3.multiple_choice(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
 
 
 @pytest.mark.parametrize("line", ["5", "{}", '{"step": "3"}', "\udcff", '{"step": 1, "lo'])
