@@ -1151,6 +1151,12 @@ VALIDATION_ROWS = 32  # of each source [C]
 MAX_REPEATS = 100     # times that a run may read a source [C]
 
 
+def validation_rows(source: TokenSource) -> Tensor:
+    """VALIDATION_ROWS windows of a source, spread evenly, or all if it has fewer. -> [N, T]"""
+    picks = sorted({i * source.windows // VALIDATION_ROWS for i in range(VALIDATION_ROWS)})
+    return torch.from_numpy(np.stack([source.window(i) for i in picks]))
+
+
 class StagedData:
     """The batches of a run: `batch(step)` depends on the recipe (with its seed), the shards and the step, and on
     nothing that happened before."""
@@ -1204,13 +1210,9 @@ class StagedData:
         return input_ids, input_ids
 
     def validation_rows(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """input_ids and labels of each source's validation text, VALIDATION_ROWS windows spread evenly."""
-        rows = {}
-        for name in self.recipe.stages[0].mixture:
-            source = self.data.open(name, "val")
-            picks = sorted({i * source.windows // VALIDATION_ROWS for i in range(VALIDATION_ROWS)})
-            rows[name] = (torch.from_numpy(np.stack([source.window(i) for i in picks])),) * 2  # [N, T], twice
-        return rows
+        """input_ids and labels of each source's validation text: the same rows, twice."""
+        names = self.recipe.stages[0].mixture
+        return {name: (validation_rows(self.data.open(name, "val")),) * 2 for name in names}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -1526,7 +1528,7 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def evaluate(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> str:
+def log_validation(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> str:
     """Log the loss of each source's validation rows. -> the same as a line to show"""
     recipe = run.data.recipe
     stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
@@ -1555,7 +1557,7 @@ def train(run: Run) -> bool:
             if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
                 if run.step:
                     run.save()
-                line = evaluate(run, validation)
+                line = log_validation(run, validation)
                 if rank == 0:
                     bar.write(line)
             if run.step == recipe.total_steps:
@@ -1913,29 +1915,87 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
 # ======================================================================================================================
 # 11. Evaluation
 #
-# A language model answers a multiple-choice question by saying how likely each answer is as a continuation.
+# Three ways to examine a language model: how much a text surprises it (perplexity), which of several continuations it
+# finds likeliest (multiple choice), and what it says by itself (free answers). Each gives a dict of numbers.
 # ======================================================================================================================
 
+def read_text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise DanubeError(f"{path} is neither a folder of token shards nor a text file: {error}") from error
+
+
+def windows_of(ids: list[int], context: int, stride: int) -> tuple[Tensor, Tensor]:
+    """A long text as rows of input_ids and labels, 2 x [N, context]: windows that move on by `stride`, in which every
+    token but the first is a label once, after at least context - stride tokens, where there are so many before it."""
+    rows, labelled = [], 1
+    for start in range(0, len(ids), stride):
+        window = np.array(ids[start:start + context])                        # [T]
+        new = np.arange(start, start + len(window)) >= labelled
+        rows.append(np.stack([window, np.where(new, window, IGNORE)]))       # [2, T]
+        labelled = start + len(window)
+        if labelled == len(ids):
+            break
+    return pad_rows(rows)
+
+
+def text_perplexity(model: Danube3, tokenizer: Tokenizer, text: str) -> dict[str, float]:
+    """exp of the mean loss over all tokens of a text, after <s>. The context is the model's, at most 2,048; windows
+    move on by half of it [C]."""
+    ids = [model.config.bos_token_id, *tokenizer.encode(text)]
+    context = min(2_048, model.config.max_position_embeddings)
+    if len(ids) < 2:
+        raise DanubeError("there is no text to measure")
+    input_ids, labels = windows_of(ids, context, context // 2)
+    loss = mean_loss(model, input_ids, labels, max(1, LOGIT_ROWS // context))
+    bits = loss * (len(ids) - 1) / math.log(2)
+    return {"tokens": len(ids) - 1, "context": context, "stride": context // 2, "loss": loss,
+            "perplexity": math.exp(min(loss, 99)), "bits per byte": bits / len(text.encode())}
+
+
+def matching_data(folder: str | Path, tokenizer: Tokenizer, config: DanubeConfig, length: int) -> TokenData:
+    """A data folder in rows of `length`, if it was made with this tokenizer."""
+    data = TokenData(folder, config, length)
+    if data.tokenizer.sha256 != tokenizer.sha256:
+        raise DanubeError(f"{folder} was made with another tokenizer than the model's: choose other data")
+    return data
+
+
+def loss_per_source(model: Danube3, tokenizer: Tokenizer, folder: str | Path) -> dict[str, float]:
+    """Loss on VALIDATION_ROWS rows of each source of a data folder. Rows are half of the model's context, at most
+    2,048 [C]."""
+    context = min(2_048, model.config.max_position_embeddings // 2)
+    data = matching_data(folder, tokenizer, model.config, context)
+    rows = {name: validation_rows(data.open(name, "val")) for name in data.meta["sources"]}
+    return {name: mean_loss(model, ids, ids, max(1, LOGIT_ROWS // context)) for name, ids in rows.items()}
+
+
 @torch.no_grad()
-def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]], batch_size: int = 64) -> list[float]:
+def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]]) -> list[float]:
     """For each (ids, start): the log-probability of ids[start:] after ids[:start], in natural logarithms.
 
-    Rows are padded on the right, where a causal model does not look; position, not id, says what is padding.
+    Rows of like length go together, the longest first; they are padded on the right, where a causal model does not
+    look: position, not id, says what is padding.
     """
-    device, results = model.device, [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # rows of like length together
-    for picks in (order[i:i + batch_size] for i in range(0, len(order), batch_size)):
-        length = max(len(rows[i][0]) for i in picks)
+    device, results, left = model.device, [0.0] * len(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    bar = tqdm(total=len(rows), desc="choices", leave=False, disable=None)
+    while left:
+        length = len(rows[left[0]][0])
+        size = max(1, LOGIT_ROWS // length)  # logits are the largest tensor here
+        picks, left = left[:size], left[size:]
         input_ids = torch.tensor([rows[i][0] + [0] * (length - len(rows[i][0])) for i in picks], device=device)
         log_p = model(input_ids)[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]  # [B, T-1]
         for i, row in zip(picks, log_p):
             ids, start = rows[i]
             results[i] = row[start - 1:len(ids) - 1].sum().item()
+        bar.update(len(picks))
+    bar.close()
     return results
 
 
-def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> list[int]:
-    """The likeliest choice of each {"prompt", "choices"} question, by summed log-likelihood. -> indices
+def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> list[list[float]]:
+    """The log-likelihood of every choice of each {"prompt", "choices"} question, summed over its tokens.
 
     Prompt and choice are encoded together, as the model would have met them; the choice begins at the first id that
     differs from the prompt's own encoding.
@@ -1955,11 +2015,23 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
             if rows[-1][1] == len(ids):
                 raise DanubeError(f"question {number} has a choice that adds nothing to its prompt: mend it")
     scores = iter(continuation_log_likelihood(model, rows))
-    picks = []
-    for question in questions:
-        choices = [next(scores) for _ in question["choices"]]
-        picks.append(choices.index(max(choices)))
-    return picks
+    return [[next(scores) for _ in question["choices"]] for question in questions]
+
+
+def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
+    """The share of {"prompt", "choices", "answer"} questions whose right choice scores highest: by summed
+    log-likelihood (acc, with its standard error), by that over the number of characters, which does not favour short
+    choices (acc_norm), and by guessing. The names are lm-evaluation-harness's, and so are the definitions."""
+    for number, question in enumerate(questions, start=1):
+        if question.get("answer") not in range(len(question.get("choices") or ())):
+            raise DanubeError(f'question {number} lacks an "answer", the index of the right one of its "choices"')
+    right = []  # by sum, by character
+    for question, scores in zip(questions, choice_scores(model, tokenizer, questions)):
+        per_character = [score / len(choice) for score, choice in zip(scores, question["choices"])]
+        right.append([each.index(max(each)) == question["answer"] for each in (scores, per_character)])
+    acc, acc_norm = np.mean(right, axis=0).tolist()
+    return {"questions": len(questions), "acc": acc, "acc_stderr": math.sqrt(acc * (1 - acc) / len(questions)),
+            "acc_norm": acc_norm, "guessing": float(np.mean([1 / len(question["choices"]) for question in questions]))}
 
 
 def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64,
@@ -1967,8 +2039,8 @@ def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[
     """The model's likeliest answer to each conversation, word by word, and whether it ended it by itself."""
     prompts = [render_chat(messages, tokenizer, add_generation_prompt=True)[0] for messages in conversations]
     answers, eos = {}, model.config.eos_token_id
-    for length in sorted(set(map(len, prompts))):  # prompts of one length form a batch that needs no padding
-        same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+    for length in tqdm(sorted(set(map(len, prompts))), desc="answers", leave=False, disable=None):
+        same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]  # a batch that needs no padding
         for picks in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
             input_ids = torch.tensor([prompts[i] for i in picks], device=model.device)
             for i, ids in zip(picks, generate(model, input_ids, max_new_tokens).tolist()):
@@ -1978,8 +2050,9 @@ def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[
     return [answers[i] for i in range(len(prompts))]
 
 
-def answer_chat_quiz(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> str:
-    """Answer {"messages", "answer"} questions in free text: right is an answer that holds the given one, as words."""
+def chat_questions(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
+    """Answers to {"messages", "answer"} questions in free text: the share that hold the right one, as words, by the
+    number of the turn; and the share that end by themselves."""
     for number, question in enumerate(questions, start=1):
         turns, answer = check_turns(question.get("messages"), fold_system=False), question.get("answer")
         if len(turns) % 2 == 0 or not isinstance(answer, str) or not answer:
@@ -1988,25 +2061,28 @@ def answer_chat_quiz(model: Danube3, tokenizer: Tokenizer, questions: list[dict]
     for question, (text, _) in zip(questions, answers):
         turn = (len(question["messages"]) + 1) // 2
         found = re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", text)
-        right.setdefault(turn, []).append(bool(found))
-    scores = ", ".join(f"{sum(each)} of {len(each)} right in turn {turn} ({sum(each) / len(each):.1%})"
-                       for turn, each in sorted(right.items()))
-    return f"{scores}; {sum(ended for _, ended in answers) / len(answers):.1%} of the answers end by themselves"
+        right.setdefault(f"right in turn {turn}", []).append(bool(found))
+    return {"questions": len(questions), **{turn: sum(each) / len(each) for turn, each in sorted(right.items())},
+            "ended by themselves": sum(ended for _, ended in answers) / len(answers)}
 
 
-def answer_quiz(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> str:
-    """Answer a file of questions with known answers, and say how many were right and how many a guess would get."""
-    questions = read_jsonl(path)
-    if "messages" in questions[0]:
-        return answer_chat_quiz(model, tokenizer, questions)
-    picks, chance = multiple_choice(model, tokenizer, questions), 0.0
-    for number, question in enumerate(questions, start=1):
-        if question.get("answer") not in range(len(question["choices"])):
-            raise DanubeError(f'{path}: question {number} lacks an "answer", the index of the right choice')
-        chance += 1 / len(question["choices"])
-    right = sum(pick == question["answer"] for pick, question in zip(picks, questions))
-    return (f"{right} of {len(questions)} questions right ({right / len(questions):.1%}; guessing gives "
-            f"{chance / len(questions):.1%})")
+def evaluate(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> dict[str, float]:
+    """Examine a model on a file of questions (.jsonl), on the validation part of a data folder, or on a text file."""
+    if Path(path).is_dir():
+        return loss_per_source(model, tokenizer, path)
+    if str(path).endswith(".jsonl"):
+        questions = read_jsonl(path)
+        ask = chat_questions if "messages" in questions[0] else multiple_choice
+        try:
+            return ask(model, tokenizer, questions)
+        except DanubeError as error:
+            raise DanubeError(f"{path}: {error}") from error
+    return text_perplexity(model, tokenizer, read_text(path))
+
+
+def as_table(results: dict[str, float]) -> str:
+    return "\n".join(f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.4f}"
+                     for name, value in results.items())
 
 
 # ======================================================================================================================
@@ -2363,18 +2439,13 @@ def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, sp
     data folder, or from a text file, whose last tenth is "val". T is half of the context, at most 2,048 [C]."""
     length = min(config.max_position_embeddings // 2, 2_048)
     if Path(data).is_dir():
-        folder = TokenData(data, config, length)
-        if folder.tokenizer.sha256 != tokenizer.sha256:
-            raise DanubeError(f"{data} was made with another tokenizer than the model's: choose other data")
+        folder = matching_data(data, tokenizer, config, length)
         sources = [folder.open(name, split) for name in folder.meta["sources"]]
         share = -(-count // len(sources))  # of each source
         windows = [source.window(i * source.windows // min(share, source.windows))
                    for source in sources for i in range(min(share, source.windows))]
         return torch.from_numpy(np.stack(windows))
-    try:
-        ids = torch.tensor(tokenizer.encode(Path(data).read_text(encoding="utf-8")))
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DanubeError(f"{data} is neither a folder of token shards nor a text file: {error}") from error
+    ids = torch.tensor(tokenizer.encode(read_text(data)))
     ids = ids[:len(ids) * 9 // 10] if split == "train" else ids[len(ids) * 9 // 10:]
     if len(ids) < length:
         raise DanubeError(f"{data} has {len(ids)} tokens to {split} with, less than a row of {length}: use more text")
@@ -2565,7 +2636,7 @@ def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData
             ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
             print(f"--- a sample\n{tokenizer.decode(ids)}")
         if quiz.is_file():
-            print(f"--- {quiz}: {answer_quiz(model, tokenizer, quiz)}")
+            print(f"--- {quiz}\n{as_table(evaluate(model, tokenizer, quiz))}")
 
 
 class Conversation:

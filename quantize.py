@@ -67,7 +67,7 @@ def report(source, folders, data):
         speed, bandwidth = danube3.measure_decoding(fast)
         perplexity = math.exp(danube3.mean_loss(model.float(), rows, rows, 8))
         first = first or perplexity
-        score = danube3.answer_quiz(model, tokenizer, quiz).split(" questions")[0] if quiz.is_file() else "-"
+        score = f"{danube3.evaluate(model, tokenizer, quiz)['acc']:.1%}" if quiz.is_file() else "-"
         print(f"{name:8}{size:>16,}{8 * size / danube3.count_parameters(model.config):>13.2f}{perplexity:>12.4f}"
               f"{perplexity / first - 1:>9.2%}{speed:>10.1f}{bandwidth / 1e9:>7.2f}  {score}")
 

@@ -1,6 +1,8 @@
 """Let Danube3 speak, `python sample.py out/toy "Once upon a time"`, talk with it, or have it answer a quiz."""
 
+import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -19,10 +21,14 @@ def arguments():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=list(danube3.DTYPES), help="type of the weights [as stored]")
     parser.add_argument("--chat", action="store_true", help="talk: each line of standard input is a question")
-    parser.add_argument("--eval", metavar="JSONL", help="answer the questions of this file and count the right answers")
+    parser.add_argument("--eval", metavar="PATH", help="examine the model: on the questions of a .jsonl file, on a "
+                        "text file (perplexity), or on a data folder (loss of each source)")
+    parser.add_argument("--json", metavar="FILE", help="with --eval: write the results here too")
     args = parser.parse_args()
     if bool(args.eval) + bool(args.prompt) + args.chat > 1:
         parser.error("a prompt, --chat and --eval cannot go together: choose one")
+    if args.json and not args.eval:
+        parser.error("--json is for the results of --eval")
     if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens >= 1):
         raise danube3.DanubeError("use --temperature and --top-k of 0 or more, --top-p above 0 and at most 1, "
                                   "--max-new-tokens of 1 or more")
@@ -37,7 +43,10 @@ def main():
     dtype = danube3.DTYPES.get(args.dtype)
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
     if args.eval:
-        print(danube3.answer_quiz(model, tokenizer, args.eval))
+        results = danube3.evaluate(model, tokenizer, args.eval)
+        print(danube3.as_table(results))
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
         return
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if args.chat:

@@ -3,10 +3,10 @@
     python tests/bench_lm_eval.py CHECKPOINT QUIZ.jsonl
 
 The harness (`pip install "lm-eval[hf]"`) opens the unchanged folder by transformers, with its tokenizer, and scores the
-quiz as a task in its own format; ours scores it by danube3.multiple_choice. Compared are the log-likelihood of every
-choice, and the chosen answer: by their sum (`acc`) and by the sum over the choice's number of characters (`acc_norm`,
-which the harness also reports, and which ours does not use: here its formula is applied to our sums). With --write
-FOLDER the task file stays there for the harness's own command, which is printed. Exit code 1 if anything differs.
+quiz as a task in its own format; ours scores it by danube3.choice_scores. Compared are the log-likelihood of every
+choice, and the chosen answer: by their sum (`acc`) and by the sum over the choice's number of characters (`acc_norm`).
+With --write FOLDER the task file stays there for the harness's own command, which is printed. Exit code 1 if anything
+differs.
 """
 
 import argparse
@@ -54,15 +54,12 @@ def split_alike(tokenizer, question):
 
 
 def our_scores(checkpoint, questions):
-    """What multiple_choice picks, and the log-likelihoods it picks by, which it keeps to itself: overheard here."""
+    """What we pick by the sum, and the log-likelihood of every choice."""
     model, tokenizer = danube3.load_checkpoint(checkpoint, dtype=torch.float32)
     if unlike := [i for i, question in enumerate(questions, start=1) if not split_alike(tokenizer, question)]:
         sys.exit(f"questions {unlike} cannot be compared: let prompts end with a word, choices begin with their space")
-    score, heard = danube3.continuation_log_likelihood, []
-    danube3.continuation_log_likelihood = lambda *args: heard.extend(score(*args)) or heard
-    picks = danube3.multiple_choice(model, tokenizer, questions)
-    danube3.continuation_log_likelihood, rest = score, iter(heard)
-    return picks, [[next(rest) for _ in question["choices"]] for question in questions]
+    scores = danube3.choice_scores(model, tokenizer, questions)
+    return [each.index(max(each)) for each in scores], scores
 
 
 def harness_scores(folder, model_args):

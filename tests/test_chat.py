@@ -395,7 +395,7 @@ def test_lora_over_half_precision_to_the_end(dtype, long_base, chat_file, tmp_pa
     with monkeypatch.context() as patch:  # `call` runs train.py against this very module
         patch.setitem(sys.modules, "danube3", danube3)
         result = call("train.py", *flags, "--out", tmp_path / "run")
-    assert result.returncode == 0 and "of 1 right in turn 1" in result.stdout, result.stderr
+    assert result.returncode == 0 and "right in turn 1" in result.stdout, result.stderr
     merged, adapted = (danube3.load_checkpoint(tmp_path / name)[0] for name in ("merged", "run"))
     ids = torch.randint(0, 330, (1, 9))
     assert merged.dtype == torch.float32
@@ -420,9 +420,8 @@ def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     result = call(*common, "--out", tmp_path / "full")
     assert result.returncode == 0, result.stderr
     assert re.search(r"50 conversations, [\d,]+ tokens, [\d,]+ of them in answers; 0 cut", result.stdout)
-    assert re.search(
-        r"chat-quiz.jsonl: \d of 3 right in turn 1 \(.*%\), \d of 3 right in turn 2 .* end by themselves", result.stdout
-    )
+    table = r"chat-quiz.jsonl\nquestions +6\nright in turn 1 +[\d.]+\nright in turn 2 +[\d.]+\nended by"
+    assert re.search(table, result.stdout)
     again = call(*common, "--out", tmp_path / "full", "--resume")  # nothing left to do
     assert again.returncode == 0 and re.search(r"3/3", again.stderr)
     result = call(*common, "--out", tmp_path / "lora", "--lora", 2, "--merge", tmp_path / "merged")
@@ -672,8 +671,8 @@ def test_free_answers_are_those_of_single_prompts(tokenizer):
 @pytest.mark.parametrize(
     "answers, score",
     [
-        (["She lives in Oxley.", "He plays the horn.", "x"], "2 of 2 right in turn 1 (100.0%), 0 of 1 right in turn 2"),
-        (["Oxleyham", "the horns", "the horn"], "0 of 2 right in turn 1 (0.0%), 1 of 1 right in turn 2 (100.0%)"),
+        (["She lives in Oxley.", "He plays the horn.", "x"], [1.0, 0.0]),
+        (["Oxleyham", "the horns", "the horn"], [0.0, 1.0]),
     ],
 )
 def test_scores_of_the_chat_quiz(answers, score, tokenizer, tmp_path, monkeypatch):
@@ -682,14 +681,16 @@ def test_scores_of_the_chat_quiz(answers, score, tokenizer, tmp_path, monkeypatc
     one, two = messages_of(TALKS[0])[:1], messages_of(TALKS[1])[:3]
     items = [{"messages": m, "answer": a} for m, a in ((one, "Oxley"), (one, "the horn"), (two, "the horn"))]
     path = write_jsonl(tmp_path / "quiz.jsonl", items)
-    text = danube3.answer_quiz(random_model(TINY), tokenizer, path)
-    assert text.startswith(score) and text.endswith("66.7% of the answers end by themselves")
+    results = danube3.evaluate(random_model(TINY), tokenizer, path)
+    assert results == {
+        "questions": 3, "right in turn 1": score[0], "right in turn 2": score[1], "ended by themselves": 2 / 3
+    }  # fmt: skip
     write_jsonl(path, [{"messages": one}])
     with pytest.raises(danube3.DanubeError, match="question 1 must end with the user, and have"):
-        danube3.answer_quiz(random_model(TINY), tokenizer, path)
+        danube3.evaluate(random_model(TINY), tokenizer, path)
     write_jsonl(path, [{"messages": messages_of(TALKS[0]), "answer": "x"}])
     with pytest.raises(danube3.DanubeError, match="question 1 must end with the user"):
-        danube3.answer_quiz(random_model(TINY), tokenizer, path)
+        danube3.evaluate(random_model(TINY), tokenizer, path)
 
 
 def test_help_names_every_flag_of_chat():

@@ -1,6 +1,7 @@
 """Checkpoints: opened by transformers, opened from transformers, whole or absent, and every kind of damage named."""
 
 import json
+import math
 import os
 import shutil
 
@@ -261,13 +262,14 @@ def test_multiple_choice_by_hand(saved):
             log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
         expected.append(scores.index(max(scores)))
-    assert danube3.multiple_choice(model, tokenizer, questions) == expected
+    scores = danube3.choice_scores(model, tokenizer, questions)
+    assert [each.index(max(each)) for each in scores] == expected
     asked = []
     with pytest.MonkeyPatch.context() as patch:  # only the choice is scored, not the prompt
         patch.setattr(
             danube3, "continuation_log_likelihood", lambda model, rows: asked.extend(rows) or [0.0] * len(rows)
         )
-        danube3.multiple_choice(model, tokenizer, questions[:1])
+        danube3.choice_scores(model, tokenizer, questions[:1])
     assert [tokenizer.decode(ids[start:]) for ids, start in asked[:2]] == ["lives", "keeps geese"]
     for ids, start in asked:
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
@@ -277,9 +279,11 @@ def test_multiple_choice_by_hand(saved):
     alone = [danube3.continuation_log_likelihood(model, [row])[0] for row in rows]
     assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
     with pytest.raises(danube3.DanubeError, match="question 1 lacks"):
-        danube3.multiple_choice(model, tokenizer, [{"prompt": "x"}])
+        danube3.choice_scores(model, tokenizer, [{"prompt": "x"}])
     with pytest.raises(danube3.DanubeError, match="question 2 has a choice that adds nothing"):
-        danube3.multiple_choice(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
+        danube3.choice_scores(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
+    with pytest.raises(danube3.DanubeError, match='question 2 lacks an "answer"'):
+        danube3.multiple_choice(model, tokenizer, [questions[0], {**questions[1], "answer": 3}])
 
 
 @pytest.mark.parametrize("line", ["5", "{}", '{"step": "3"}', "\udcff", '{"step": 1, "lo'])
@@ -306,3 +310,57 @@ def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
     danube3.save_checkpoint(tmp_path / "run" / "step-0000001", run.model, tokenizer, {**state, **change})
     with pytest.raises(danube3.DanubeError, match="trainer.pt is damaged"):
         danube3.Run(tmp_path / "run", run.model, tokenizer, NoData(), resume=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+@pytest.mark.parametrize("length", [2, 7, 64, 65, 150])
+def test_perplexity_by_hand(length, saved, monkeypatch):
+    """Every token once, from the window that the definition gives it: the first that ends at or behind it."""
+    folder, model = saved
+    tokenizer, context = danube3.load_checkpoint(folder)[1], TINY.max_position_embeddings
+    text, stride = "She keeps 2 geese. " * 40, TINY.max_position_embeddings // 2
+    ids = [1, *tokenizer.encode(text)][:length]
+    monkeypatch.setattr(tokenizer, "encode", lambda text: ids[1:])
+    losses = []
+    for position in range(1, length):
+        start = next(begin for begin in range(0, length, stride) if position < begin + context)
+        log_p = model(torch.tensor([ids[start:position]]))[0, -1].log_softmax(-1)
+        losses.append(-log_p[ids[position]].item())
+    results = danube3.text_perplexity(model, tokenizer, text)
+    assert results["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert (results["tokens"], results["context"], results["stride"]) == (length - 1, 64, 32)
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
+    assert results["bits per byte"] == pytest.approx(sum(losses) / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_shares_of_multiple_choice(monkeypatch):
+    """acc goes by the sum, acc_norm by the sum over the characters; the standard error is that of a share."""
+    questions = [
+        {"prompt": "p", "choices": [" a", " long choice"], "answer": answer, "scores": scores}
+        for answer, scores in ((0, [-1.0, -3.0]), (1, [-1.0, -3.0]), (1, [-4.0, -3.0]), (0, [-1.0, -20.0]))
+    ]
+    monkeypatch.setattr(danube3, "choice_scores", lambda model, tokenizer, asked: [each["scores"] for each in asked])
+    results = danube3.multiple_choice(None, None, questions)
+    assert results["acc"] == 0.75 and results["acc_norm"] == 0.75 and results["questions"] == 4
+    assert results["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4)) and results["guessing"] == 0.5
+    assert danube3.multiple_choice(None, None, questions[:2])["acc_norm"] == 0.5
+    assert danube3.multiple_choice(None, None, questions[1:3])["acc"] == 0.5
+    assert danube3.multiple_choice(None, None, questions[1:3])["acc_norm"] == 1.0
+
+
+def test_examinations_from_the_command_line(saved, tmp_path, toy_data):
+    """A text, with the results as json too; and what cannot be examined."""
+    (tmp_path / "text.txt").write_text("Ada lives in Marrow. " * 30)
+    result = call("sample.py", saved[0], "--eval", tmp_path / "text.txt", "--json", tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert result.returncode == 0 and f"perplexity {results['perplexity']:>24.4f}"[:11] in result.stdout
+    assert set(results) == {"tokens", "context", "stride", "loss", "perplexity", "bits per byte"}
+    assert f"{results['loss']:.4f}" in result.stdout
+    (tmp_path / "empty.txt").write_text("")
+    for path, words in (
+        (tmp_path / "empty.txt", "no text to measure"),
+        (tmp_path / "missing.txt", "neither a folder of token shards nor a text file"),
+        (toy_data, "has 1024 pieces, the configuration only 330"),
+    ):
+        assert words in one_line_error(call("sample.py", saved[0], "--eval", path))
+    assert "--json is for" in one_line_error(call("sample.py", saved[0], "x", "--json", tmp_path / "y"))

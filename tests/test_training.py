@@ -154,7 +154,8 @@ def undisturbed(toy_data, tmp_path_factory):
 def test_a_run_from_the_command_line(undisturbed, toy_data):
     out, result = undisturbed
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.jsonl", "step-0000020"]
-    assert "of 216 questions right" in result.stdout and "guessing gives 10.0%" in result.stdout
+    assert re.search(r"quiz\.jsonl\nquestions +216\nacc +0\.\d{4}\n", result.stdout)
+    assert re.search(r"\nguessing +0\.1000\n", result.stdout)
     assert result.stdout.count("--- a sample") == 2 and "python sample.py" in result.stdout
     assert "1,049,728 parameters" in result.stdout
     assert re.search(
