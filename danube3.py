@@ -45,6 +45,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -58,7 +59,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as compute_again
 from tqdm import tqdm
 
 
@@ -226,6 +227,16 @@ RECIPES = {
 LOGIT_ROWS = 4_096  # logits of at most this many tokens exist at once: 0.5 GB at V = 32,000 in fp32 [C]
 
 
+def shared_recipe(recipe: Recipe, ranks: int) -> Recipe:
+    """The recipe for so many processes or GPUs: each takes as many rows of a step, in micro-batches of at most the
+    recipe's size that divide them evenly."""
+    rows, rest = divmod(recipe.rows_per_step, ranks)
+    if rest:
+        raise DanubeError(f"a step of {recipe.rows_per_step} rows cannot be shared evenly by {ranks} processes: make "
+                          "it a multiple (--tokens-per-step, or --batch-size), or take another number of them")
+    return replace(recipe, micro_batch_size=max(n for n in range(1, recipe.micro_batch_size + 1) if rows % n == 0))
+
+
 def count_parameters(config: DanubeConfig) -> int:
     """Numbers in the model: 513,590,784 for 500m and 3,961,839,360 for 4b [R]."""
     c = config
@@ -255,9 +266,10 @@ def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, g
 
     Weights, gradients and the two AdamW moments are exact; several GPUs share them, but a gradient that is summed over
     micro-batches is held whole until it is exchanged. Of other GPUs' weights, two layers are there at a time, and
-    embedding and head throughout. Activations are an estimate: what autograd keeps of a layer are the stream and its
-    norms, six times in fp32, and the inputs of the matrices and of attention in the compute type; with `recompute` that
-    is kept of one layer, and of the others the stream once. Logits count three times: themselves, softmax, gradient.
+    embedding and head throughout; gradients of a layer, and of the ends, once more while they are exchanged.
+    Activations are an estimate: what autograd keeps of a layer are the stream and its norms, six times in fp32, and the
+    inputs of the matrices and of attention in the compute type; with `recompute` that is kept of one layer, and of the
+    others the stream once. Logits count three times: themselves, softmax, gradient.
     """
     c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, count_parameters(config)
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
@@ -266,12 +278,12 @@ def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, g
     ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
     one_pass = recipe.rows_per_step == gpus * recipe.micro_batch_size
     copy = 0 if compute_bytes == 4 else compute_bytes * n
-    gathered = 4 * ends + 2 * compute_bytes * (n - ends) // c.num_hidden_layers
+    gathered = (4 + 4) * ends + (2 * compute_bytes + 4) * (n - ends) // c.num_hidden_layers
     return {
         "weights (fp32)": 4 * n // gpus,
         "gradients (fp32)": 4 * n // gpus if gpus == 1 or one_pass else 4 * n,
         "AdamW moments (fp32)": 8 * n // gpus,
-        "weights (compute copy)": copy if gpus == 1 else gathered,
+        "weights (compute copy)" if gpus == 1 else "exchanged parts": copy if gpus == 1 else gathered,
         "activations (estimate)": tokens * kept,
         "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * c.vocab_size,
     }
@@ -594,7 +606,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         if self.recompute and torch.is_grad_enabled():
-            return recompute(self.residuals, x, cos, sin, kv_cache, use_reentrant=False)
+            return compute_again(self.residuals, x, cos, sin, kv_cache, use_reentrant=False)
         return self.residuals(x, cos, sin, kv_cache)
 
     def residuals(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
@@ -642,6 +654,13 @@ class Danube3(nn.Module):
         """Of the stream between the layers, and of the cache: the norms' own, since matrices may be quantized."""
         return self.model.norm.weight.dtype
 
+    @staticmethod
+    def new(config: DanubeConfig, seed: int) -> "Danube3":
+        """A model to train from the beginning; its memory is filled once, not first by nn.Linear."""
+        with torch.device("meta"):
+            model = Danube3(config)
+        return model.to_empty(device="cpu").init_weights(seed)
+
     def init_weights(self, seed: int) -> "Danube3":
         """Every matrix normal with the configuration's standard deviation, every norm gain one."""
         generator = torch.Generator(device=self.device).manual_seed(seed)
@@ -676,7 +695,7 @@ class Danube3(nn.Module):
         if len(x) <= LOGIT_ROWS:
             return block_loss(x, targets)
         blocks = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
-        return torch.stack([recompute(block_loss, *block, use_reentrant=False) for block in blocks]).sum()
+        return torch.stack([compute_again(block_loss, *block, use_reentrant=False) for block in blocks]).sum()
 
 
 # ======================================================================================================================
@@ -888,25 +907,30 @@ def processes() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+def say(text: str) -> None:
+    """Print, in the first process only."""
+    if processes()[0] == 0:
+        print(text)
+
+
 def wait_for_all() -> None:
     """Return when all processes have come here."""
     if processes()[1] > 1:
         dist.barrier()
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+def whole_weights(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
     """The weights of a model, on the CPU. If processes share it, all must call this, and the first gets them."""
     from torch.distributed.checkpoint import state_dict  # takes two seconds to import
-    whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return state_dict.get_model_state_dict(model, options=whole)
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+    return state_dict.get_model_state_dict(model, options=options)
 
 
 def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: dict | None = None,
-                    dtype: torch.dtype = torch.float32) -> None:
-    """Write a whole checkpoint, with weights in `dtype`; `trainer` is what a resumed run needs besides them."""
-    weights = whole_weights(model)
-    if processes()[0]:
-        return
+                    dtype: torch.dtype = torch.float32, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a whole checkpoint: `weights`, by default the model's, in `dtype`. `trainer` is what a resumed run needs
+    besides them."""
+    weights = whole_weights(model) if weights is None else weights
     with atomic_folder(folder) as partial:
         write_config(partial, model.config, tokenizer, dtype)
         weights = {name: weight.to(dtype).contiguous() for name, weight in weights.items()}
@@ -1273,10 +1297,21 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.device) -> None:
+    """Have layers computed again in the backward pass if wished, or if this GPU's memory asks for it. For adapters,
+    whose memory is not planned, and on other devices, "auto" is off."""
+    again = wish == "on"
+    if device.type == "cuda" and all(parameter.requires_grad for parameter in model.parameters()):
+        memory = torch.cuda.get_device_properties(device).total_memory
+        again = choose_recompute(model.config, recipe, wish, memory, processes()[1])
+    for layer in model.model.layers:
+        layer.recompute = again
+
+
 def share_model(model: Danube3, device: torch.device) -> Danube3:
     """Put a model on the device; where there are several processes, give each a part of every weight, and so of its
-    gradient and moments (FSDP2). A layer is gathered just before it computes and dropped after; layers compute on
-    gathered weights in the compute type, gradients are summed in fp32."""
+    gradient and moments (FSDP2). A layer is gathered, in the compute type (its norms too, which a single GPU keeps in
+    fp32), just before it computes, and dropped after; gradients are summed in fp32."""
     ranks = processes()[1]
     if ranks == 1:
         return model.to(device)
@@ -1304,7 +1339,8 @@ def in_any_process(condition: bool, device: torch.device) -> bool:
 
 
 def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 10) -> float:
-    """The best rate at which this device multiplies two square matrices in its compute type, in operations a second."""
+    """The best rate at which this device multiplies two square matrices in its compute type, in operations a second.
+    Shares of peak (mfu) are of this; others take the data sheet's, which no product reaches."""
     size = size if device.type == "cpu" else 4 * size
     a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
     best = math.inf
@@ -1384,7 +1420,7 @@ class Run:
     `data` is StagedData, or anything else with its recipe, batch(step), validation_rows() and identity. What makes a
     run this run (configuration, recipe, data, `base`: the folder that the weights came from) must be the same when it
     is resumed.
-    `write_model(folder, model, tokenizer, trainer, dtype)` writes a checkpoint: save_checkpoint or save_adapter.
+    `write_model(folder, model, tokenizer, trainer, dtype, weights)` writes it: save_checkpoint or save_adapter.
     """
 
     def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: StagedData, resume: bool,
@@ -1398,7 +1434,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype(self.device) == torch.float16)
         self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
         self.saved = None  # the step of the newest checkpoint
-        self.check_processes()
+        self.compare_processes()
         if (out / "config.json").exists():
             raise DanubeError(f"{out} is a checkpoint, not a run folder: choose another --out")
         if resume:
@@ -1407,19 +1443,16 @@ class Run:
             raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
         self.log = open(os.devnull, "w") if processes()[0] else self.open_log()  # only the first process writes
 
-    def check_processes(self) -> None:
-        """All processes must train the same thing, and share its rows evenly."""
+    def compare_processes(self) -> None:
+        """All processes must train the same thing, from the same checkpoint."""
         rank, ranks = processes()
-        if self.data.recipe.rows_per_step % (ranks * self.data.recipe.micro_batch_size):
-            raise DanubeError(f"a step of {self.data.recipe.rows_per_step} rows cannot be shared evenly by {ranks} "
-                              f"processes, {self.data.recipe.micro_batch_size} rows at a time: lower "
-                              "--micro-batch-size, or make the step (--tokens-per-step, --batch-size) a multiple")
         if ranks > 1:
             identities = [None] * ranks
-            dist.all_gather_object(identities, json.dumps(self.identity))
+            checkpoints = [path.name for path in checkpoints_in(self.out)]
+            dist.all_gather_object(identities, json.dumps([self.identity, checkpoints]))
             if identities[rank] != identities[0]:
-                raise DanubeError(f"process {rank} was started with other flags or data than process 0: start all with "
-                                  "the same")
+                raise DanubeError(f"process {rank} was started with other flags or data than process 0, or sees other "
+                                  f"files in {self.out}: start all with the same, on a file system that they share")
 
     def restore(self) -> None:
         """Put the newest checkpoint into model and optimizer, however many processes wrote it, or read it now."""
@@ -1427,17 +1460,19 @@ class Run:
         if not (checkpoints := checkpoints_in(self.out)):
             raise DanubeError(f"nothing to resume: {self.out} holds no complete checkpoint; leave --resume out")
         folder = checkpoints[-1]
-        verify_digests(folder)
+        if processes()[0] == 0:
+            verify_digests(folder)
+        wait_for_all()
         try:  # weights_only: a checkpoint from a stranger may hold tensors and numbers, not code
-            trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+            trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
             self.check_identity(folder, trainer["identity"])
             weights = trainer.get("master_weights") or dict(read_weights(folder))
             shapes = [{name: tuple(w.shape) for name, w in each.items()} for each in (weights, self.trained_weights())]
             if shapes[0] != shapes[1]:
                 raise DanubeError(f"{folder} does not hold the weights that this run trains: choose another --out")
-            whole = state_dict.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen stays as it is
-            state_dict.set_model_state_dict(self.model, weights, options=whole)
-            state_dict.set_optimizer_state_dict(self.model, self.optimizer, trainer["optimizer"], options=whole)
+            options = state_dict.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen stays as it is
+            state_dict.set_model_state_dict(self.model, weights, options=options)
+            state_dict.set_optimizer_state_dict(self.model, self.optimizer, trainer["optimizer"], options=options)
             if trainer["scaler"]:  # nothing, where the checkpoint comes from a machine that needed no loss scale
                 self.scaler.load_state_dict(trainer["scaler"])
             self.step, self.tokens, self.skipped = (int(trainer[name]) for name in ("step", "tokens", "skipped"))
@@ -1491,29 +1526,32 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one; only then remove the one before. All processes gather,
-        the first one writes."""
+        the first one writes, and the others wait, since torchrun ends all when one ends."""
         from torch.distributed.checkpoint import state_dict
         if self.saved == self.step:
             return
-        whole = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
         trainer = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "identity": self.identity,
-                   "optimizer": state_dict.get_optimizer_state_dict(self.model, self.optimizer, options=whole),
+                   "optimizer": state_dict.get_optimizer_state_dict(self.model, self.optimizer, options=options),
                    "scaler": self.scaler.state_dict()}
-        dtype, trained = compute_dtype(self.device), self.trained_weights().keys()
-        if dtype != torch.float32 or len(trained) < len(self.model.state_dict()):  # not in the folder as they are here
-            trainer["master_weights"] = {name: w for name, w in whole_weights(self.model).items() if name in trained}
-        if first := processes()[0] == 0:
+        dtype, weights = compute_dtype(self.device), whole_weights(self.model, trained_only=True)
+        if dtype != torch.float32 or len(self.trained_weights()) < len(self.model.state_dict()):
+            trainer["master_weights"] = weights  # the folder has them in another type, or only some of them
+        if processes()[0] == 0:
             os.fsync(self.log.fileno())
-        self.write_model(self.out / f"step-{self.step:07d}", self.model, self.tokenizer, trainer, dtype)
+            folder = self.out / f"step-{self.step:07d}"
+            self.write_model(folder, self.model, self.tokenizer, trainer, dtype, weights)
+            for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
+                shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
         self.saved = self.step
-        for old in checkpoints_in(self.out)[:-1] if first else ():  # renamed first: half of one must not look whole
-            shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+        wait_for_all()
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once. (Under
-    torchrun, which passes on what the terminal has sent already, only torchrun itself stops at once.)"""
+    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once. (Not
+    under torchrun: it passes on what the terminal has sent already. It stops all when its --shutdown-timeout is over.)
+    """
     requests: list[int] = []
 
     def request(signum: int, frame: object) -> None:
@@ -1545,10 +1583,9 @@ def train(run: Run) -> bool:
     -> False if Ctrl-C ended it early; the run is saved then too."""
     recipe, model, validation, (rank, ranks) = run.data.recipe, run.model, run.data.validation_rows(), processes()
     peak, frozen = ranks * measure_matmul_peak(run.device), len(run.trained_weights()) < len(model.state_dict())
-    if rank == 0:
-        trained = sum(weight.numel() for weight in run.trained_weights().values())
-        print(f"{trained:,} parameters to train, {recipe.total_steps:,} steps of {recipe.rows_per_step} rows on "
-              f"{ranks} x {run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
+    trained = sum(weight.numel() for weight in run.trained_weights().values())
+    say(f"{trained:,} parameters to train, {recipe.total_steps:,} steps of {recipe.rows_per_step} rows on "
+        f"{ranks} x {run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
     bar = tqdm(total=recipe.total_steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05,
                mininterval=0.2 if sys.stderr.isatty() else 10, disable=rank > 0)
     with bar, interruptible() as requests, ThreadPoolExecutor(1) as reader:
@@ -1590,12 +1627,12 @@ def train(run: Run) -> bool:
 
 def compile_model(model: Danube3) -> None:
     """Have torch.compile fuse the small operations of each layer: one is compiled, and serves for all, since they are
-    alike. On a CPU that takes a C++ compiler."""
+    alike. That takes a C++ compiler."""
     if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         for layer in model.model.layers:
             layer.compile()
     else:
-        print("no C++ compiler found: going on without --compile", file=sys.stderr)
+        say("no C++ compiler found: going on without --compile")
 
 
 def short_count(number: float) -> str:
@@ -1872,12 +1909,11 @@ PEFT_PREFIX = "base_model.model."  # in front of a tensor's name in a file that 
 
 
 def save_adapter(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: dict | None = None,
-                 dtype: torch.dtype = torch.float32, *, base: Path) -> None:
+                 dtype: torch.dtype = torch.float32, weights: dict[str, Tensor] | None = None, *, base: Path) -> None:
     """Write the adapters alone, in fp32 and in the layout of the package peft; `base` is the folder they belong to,
     and holds the rest."""
-    adapters = {name: weight for name, weight in whole_weights(model).items() if ".lora_" in name}
-    if processes()[0]:
-        return
+    weights = whole_weights(model) if weights is None else weights
+    adapters = {name: weight for name, weight in weights.items() if ".lora_" in name}
     linears = [linear for linear in layer_linears(model).values() if isinstance(linear, LoRALinear)]
     rank, scale = linears[0].lora_A.out_features, linears[0].scale
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.resolve()), "r": rank,
@@ -2745,11 +2781,6 @@ class Arguments(argparse.ArgumentParser):
         raise DanubeError(f"{message} (see {self.prog} --help)")
 
 
-def gpu_memory(device: torch.device) -> float:
-    """Bytes of a GPU's memory; of other devices, which can hold more than they have, no limit is known."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-
-
 def token_count(text: str) -> int:
     """'200k', '1.5M', '10B', '4T' -> tokens."""
     units = {"": 1, "k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "t": 10 ** 12}
@@ -2769,6 +2800,8 @@ def positive(text: str) -> int:
 
 def pick_device(name: str = "auto") -> torch.device:
     """'auto' is the first of cuda, mps and cpu that is there; processes of torchrun take a GPU each."""
+    if "LOCAL_RANK" in os.environ and ":" in name:
+        raise DanubeError("under torchrun each process takes a GPU of its own: leave --device out")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
@@ -2777,7 +2810,8 @@ def pick_device(name: str = "auto") -> torch.device:
         (zero := torch.zeros(1, device=name)).item()
         return zero.device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise DanubeError(f"device {name!r} is not available here: use --device auto") from error
+        raise DanubeError(f"device {name!r} is not available here, where {torch.cuda.device_count()} GPUs are: use "
+                          "--device auto, and as many processes as GPUs") from error
 
 
 def join_processes(device: torch.device) -> None:
@@ -2786,7 +2820,16 @@ def join_processes(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Others wait while the first process writes a checkpoint, and for a large model that can take long.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+
+
+def leave_processes() -> int:
+    """Part from the others. -> the number that this process had"""
+    rank, ranks = processes()
+    if ranks > 1:
+        dist.destroy_process_group()
+    return rank
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -2795,10 +2838,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # bytes that are no text, characters that the terminal lacks
     try:
-        code = main()
-        if processes()[1] > 1:
-            dist.destroy_process_group()
-        sys.exit(code)
+        sys.exit(main())
     except DanubeError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except torch.OutOfMemoryError as error:

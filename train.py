@@ -64,6 +64,7 @@ def adjusted(recipe, args):
 def plan(args, config, recipe, repeats=None):
     """Print what the run would be, and stop; refuse one that cannot fit."""
     gpus, memory = args.gpus or 1, (args.gpu_memory or 80) * 1e9
+    recipe = danube3.shared_recipe(recipe, gpus)
     try:
         recompute = danube3.choose_recompute(config, recipe, args.recompute, memory, gpus)
     except danube3.DanubeError:
@@ -86,11 +87,13 @@ def pretraining(args, base):
         toy.make(folder)
     danube3.wait_for_all()
     data = danube3.TokenData(folder, config, recipe.sequence_length)
-    batches, model = danube3.StagedData(data, recipe), danube3.Danube3(config).init_weights(recipe.seed)
+    batches = danube3.StagedData(data, danube3.shared_recipe(recipe, danube3.processes()[1]))
     for source, times in batches.repeats.items():
-        if times > 1 and danube3.processes()[0] == 0:
-            print(f"source {source!r} has less text than its share, and is read {times:.1f} times")
-    if base:
+        if times > 1.05:
+            danube3.say(f"source {source!r} has less text than its share, and is read {times:.1f} times")
+    if not base:
+        model = danube3.Danube3.new(config, recipe.seed)
+    else:
         model, tokenizer = danube3.load_checkpoint(base, dtype=torch.float32)
         model = danube3.merge_lora(model)
         if model.config != config or tokenizer.sha256 != data.tokenizer.sha256:
@@ -107,9 +110,10 @@ def chat(args, base, device):
     data = danube3.ChatData(args.chat, tokenizer, model.config, args.epochs or 1, args.batch_size or danube3.CHAT_ROWS,
                             bool(args.lora), bool(args.system))
     data.recipe = adjusted(data.recipe, args)
-    print(data.summary)
+    danube3.say(data.summary)
     if args.dry_run:
         plan(args, model.config, data.recipe)
+    data.recipe = danube3.shared_recipe(data.recipe, danube3.processes()[1])
     model = danube3.add_lora(model, args.lora, data.recipe.seed) if args.lora else danube3.merge_lora(model)
     return model, tokenizer, data
 
@@ -122,26 +126,19 @@ def main():
     model, tokenizer, data = chat(args, base, device) if args.chat else pretraining(args, base)
     if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
         raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
-    if args.lora or device.type != "cuda":
-        recompute = args.recompute == "on"
-    else:
-        memory = danube3.gpu_memory(device)
-        recompute = danube3.choose_recompute(model.config, data.recipe, args.recompute, memory, danube3.processes()[1])
-    for layer in model.model.layers:
-        layer.recompute = recompute
+    danube3.set_recompute(model, data.recipe, args.recompute, device)
     if args.compile:
         danube3.compile_model(model)
     model = danube3.share_model(model, device).train()
     out = args.out or Path("out", f"{Path(args.init).name}-chat" if args.chat else args.config or "toy")
     write = functools.partial(danube3.save_adapter, base=base) if args.lora else danube3.save_checkpoint
-    if not danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write)):
-        again, (rank, ranks) = [word for word in sys.argv[1:] if word != "--resume"], danube3.processes()
-        program = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
-        if rank == 0:
-            print(f"interrupted, and saved; go on with: {program} train.py {shlex.join([*again, '--resume'])}")
-        return 130
-    if danube3.processes()[0]:
-        return 0  # the rest is the first process's work
+    finished = danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write))
+    together, rank = danube3.processes()[1] > 1, danube3.leave_processes()
+    if not finished and rank == 0:
+        again = "the same torchrun command," if together else f"python train.py {shlex.join(sys.argv[1:])}"
+        print(f"interrupted, and saved; go on with: {again}{'' if args.resume else ' --resume'}")
+    if rank or not finished:
+        return 0 if finished else 130  # the rest is the first process's work
     if args.merge:
         whole = danube3.dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
         danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)

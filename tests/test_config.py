@@ -159,7 +159,8 @@ def test_memory_of_several_gpus():
     assert shared["weights (fp32)"] == 4 * n // 8 and shared["AdamW moments (fp32)"] == n
     assert shared["gradients (fp32)"] == 4 * n
     assert danube3.memory_bytes(config, recipe, gpus=512)["gradients (fp32)"] == 4 * n // 512  # a row each: one pass
-    assert shared["weights (compute copy)"] == pytest.approx(4 * ends + 2 * 2 * (n - ends) / 24, rel=1e-6)
+    layer = (n - ends) / 24
+    assert shared["exchanged parts"] == pytest.approx(4 * ends + 2 * 2 * layer + 4 * (ends + layer), rel=1e-6)
     alone, again = (danube3.memory_bytes(config, recipe, recompute=again) for again in (False, True))
     layer = alone["activations (estimate)"] / 24
     assert again["activations (estimate)"] == layer + 24 * 8192 * 4 * D
@@ -187,10 +188,28 @@ def test_what_fits():
         danube3.choose_recompute(*four, "auto", 8e9)
 
 
+def test_rows_shared_by_processes():
+    """In micro-batches of at most the recipe's size; what cannot be shared evenly is refused."""
+    recipe = danube3.RECIPES["toy"]  # 8 rows, 8 at a time
+    sizes = [danube3.shared_recipe(recipe, ranks).micro_batch_size for ranks in (1, 2, 4, 8)]
+    assert sizes == [8, 4, 2, 1]
+    smaller = dataclasses.replace(recipe, tokens_per_step=24 * 128, micro_batch_size=8)
+    assert [danube3.shared_recipe(smaller, ranks).micro_batch_size for ranks in (1, 2, 4)] == [8, 6, 6]
+    for ranks in (3, 16):
+        with pytest.raises(danube3.DanubeError, match=f"a step of 8 rows cannot be shared evenly by {ranks}"):
+            danube3.shared_recipe(recipe, ranks)
+
+
+def test_new_models_are_initialised_as_any():
+    new, old = danube3.Danube3.new(TINY, 5).state_dict(), danube3.Danube3(TINY).init_weights(5).state_dict()
+    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--gpus", "2"], "are for --dry-run"),
+        (["--dry-run", "--config", "4b", "--gpus", "48"], "a step of 512 rows cannot be shared evenly by 48"),
         (["--dry-run", "--config", "4b"], "take 2 GPUs"),
         (["--dry-run", "--config", "4b", "--gpus", "64", "--gpu-memory", "24"], "can be used: take 512 GPUs"),
     ],
