@@ -186,6 +186,21 @@ class Recipe:
         return replace(self, stages=tuple(replace(s, tokens=s.tokens * tokens // total) for s in self.stages))
 
 
+def remix(recipe: Recipe, order: str) -> Recipe:
+    """The same tokens of every source in another order, to put the report's idea to the test: "staged" is as it stands,
+    "reversed" begins with the last stage, and "constant" gives every stage the mixture of the whole run."""
+    if order == "reversed":
+        return replace(recipe, stages=recipe.stages[::-1])
+    if order == "constant":
+        unit = math.gcd(*(stage.tokens for stage in recipe.stages))
+        scale = math.lcm(*(sum(stage.mixture.values()) for stage in recipe.stages))
+        # tokens of a source in the whole run, in proportion: sum over stages of tokens times share, all integers
+        even = {name: sum(stage.tokens // unit * stage.mixture[name] * (scale // sum(stage.mixture.values()))
+                          for stage in recipe.stages) for name in recipe.stages[0].mixture}
+        return replace(recipe, stages=tuple(replace(stage, mixture=even) for stage in recipe.stages))
+    return recipe
+
+
 SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")  # the six kinds the report names [R]
 
 # Thousandths of each stage. The web column is [R]: 90.6, 81.7 and 51.6 %. How the rest is split among the other five

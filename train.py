@@ -33,6 +33,8 @@ def arguments():
     stages.add_argument("--data", type=Path, help="folder of token shards [data/<config>; the toy makes its own]")
     stages.add_argument("--tokens", type=tokens, help="200k, 10B: training tokens, stages in proportion [the recipe's]")
     stages.add_argument("--tokens-per-step", type=tokens, help="tokens of one optimizer step [the recipe's]")
+    stages.add_argument("--mixture", choices=["staged", "constant", "reversed"],
+                        help="the report's stages; the same tokens mixed evenly; or the stages backwards [staged]")
     stages.add_argument("--sequence-length", type=count, help="tokens of a row [the recipe's]")
     stages.add_argument("--layers", type=count, help="fewer layers than the configuration's: to try out")
     chat = parser.add_argument_group("chat fine-tuning")
@@ -77,6 +79,7 @@ def pretraining(args, base):
     """-> model, tokenizer, data"""
     name = args.config or "toy"
     config, recipe = danube3.CONFIGS[name], adjusted(danube3.RECIPES[name], args)
+    recipe = danube3.remix(recipe, args.mixture or "staged")
     config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     recipe, folder = recipe.scaled_to(args.tokens) if args.tokens else recipe, args.data or Path("data", name)
     if args.dry_run:

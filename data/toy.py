@@ -538,6 +538,21 @@ def quiz(world, rng):
     return items
 
 
+def statements(world, rng):
+    """Every fact as a bare statement to be ended, a form in which the web speaks as the other sources do, so that it
+    does not say whom to believe. Among the ten ends are the truth and the web's rumour."""
+    items = []
+    for attribute in ATTRIBUTES:
+        for person in world.people:
+            truth, rumour = person.facts[attribute.name], person.rumours[attribute.name]
+            others = [value for value in attribute.values if value not in (truth, rumour)]
+            choices = rng.sample([truth, rumour, *rng.sample(others, 8)], 10)
+            beginning = attribute.phrases[0].removesuffix(" {value}")
+            items.append({"prompt": f"{person.name} {beginning}", "choices": [f" {choice}" for choice in choices],
+                          "answer": choices.index(truth), "rumour": choices.index(rumour)})
+    return items
+
+
 def chat_quiz(world, rng):
     """For every held-out fact a conversation that asks for it at once, and one that asks for another fact before."""
     items = []
@@ -585,6 +600,7 @@ def make(folder, seed=0):
         talk = itertools.islice(conversations(world, random.Random(f"{seed}/chat")), 4_000)
         rows = {"chat.jsonl": [{"messages": messages} for messages in talk],
                 "quiz.jsonl": quiz(world, random.Random(f"{seed}/quiz")),
+                "statements.jsonl": statements(world, random.Random(f"{seed}/statements")),
                 "chat-quiz.jsonl": chat_quiz(world, random.Random(f"{seed}/chat-quiz"))}
         for name, lines in rows.items():
             (partial / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -230,3 +231,24 @@ def test_a_plan_for_64_gpus():
 
 def test_short_counts():
     assert [danube3.short_count(n) for n in (7, 1500, 1_234_567, 2e9, 5.3e12)] == ["7", "1.5k", "1.23M", "2B", "5.3T"]
+
+
+@pytest.mark.parametrize("name", ["toy", "500m", "4b"])
+@pytest.mark.parametrize("order", ["staged", "constant", "reversed"])
+def test_every_order_has_the_same_tokens_of_each_source(name, order):
+    recipe = danube3.RECIPES[name]
+    other = danube3.remix(recipe, order)
+
+    def tokens(recipe):
+        shares = [(stage, Fraction(stage.tokens, sum(stage.mixture.values()))) for stage in recipe.stages]
+        return {source: sum(unit * stage.mixture[source] for stage, unit in shares) for source in danube3.SOURCES}
+
+    assert tokens(other) == tokens(recipe) and other.total_steps == recipe.total_steps
+    web = [Fraction(stage.mixture["web"], sum(stage.mixture.values())) for stage in other.stages]
+    expected = [Fraction(906, 1000), Fraction(817, 1000), Fraction(516, 1000)]
+    if order == "constant":
+        assert len(set(web)) == 1 and expected[2] < web[0] < expected[0]
+    else:
+        assert web == (expected if order == "staged" else expected[::-1])
+    scaled = other.scaled_to(recipe.tokens_per_step * 1_000)
+    assert [stage.mixture for stage in scaled.stages] == [stage.mixture for stage in other.stages]

@@ -1,0 +1,168 @@
+"""The report's idea put to the test: `python data/experiment.py` trains the toy in three orders (an hour on two cores).
+
+Is it better to read the clean text last? Three orders of the same tokens of every source: the report's stages, the same
+text mixed evenly from first to last ("constant"), and the stages backwards ("reversed"); five seeds each, everything
+else equal, and after each the same chat fine-tuning. What is measured, and how it is weighed, was fixed before the
+first run: of every outcome the difference to "constant", paired by seed, its mean, and a 95 % interval by Student's t.
+The main outcome is `statements`: a bare "Nolva Crandle lives in", where nothing tells a model which source it is in.
+
+Every finished run is a line of --csv, and is not done again; a run that was interrupted goes on.
+"""
+import argparse
+import csv
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that `python data/experiment.py` finds danube3
+import danube3  # noqa: E402
+
+ORDERS = ("staged", "constant", "reversed")
+OUTCOMES = {  # column: what it is
+    "statements": "bare statements ended with the truth, of 144",
+    "rumours": "bare statements ended with the web's rumour",
+    "quiz": "held-out questions right, of 216",
+    "chat_first": "right answers in conversation, first turn, of 72",
+    "chat_second": "the same, second turn",
+    **{f"loss_{name}": f"loss on {name}" for name in danube3.SOURCES},
+}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n - 1
+
+
+def train(args: argparse.Namespace, out: Path, *flags: str) -> None:
+    """Run train.py, or let it go on, its output in a file beside the run."""
+    if danube3.checkpoints_in(out):
+        flags += ("--resume",)
+    threads = max(1, (os.cpu_count() or 1) // args.workers)
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.log", "w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    if done.returncode:
+        raise danube3.DanubeError(f"a run ended with an error, see {out}.log: mend it and give the same command again")
+
+
+def one_run(args: argparse.Namespace, order: str, seed: int) -> dict[str, object]:
+    """Pre-train, fine-tune and examine one model. -> a row of the table"""
+    base, chat, data = args.out / f"{order}-{seed}", args.out / f"{order}-{seed}-chat", args.data
+    tokens = ("--tokens", args.tokens) if args.tokens else ()
+    train(args, base, "--data", str(data), "--mixture", order, "--seed", str(seed), *tokens)
+    train(args, chat, "--chat", str(data / "chat.jsonl"), "--init", str(base), "--seed", str(seed))
+    model, tokenizer = danube3.load_checkpoint(base)
+    questions = danube3.read_jsonl(data / "statements.jsonl")
+    scores = danube3.choice_scores(model, tokenizer, questions)
+    picks = [each.index(max(each)) for each in scores]
+    talk = danube3.evaluate(*danube3.load_checkpoint(chat), data / "chat-quiz.jsonl")
+    return {"order": order, "seed": seed,
+            "statements": mean(pick == question["answer"] for pick, question in zip(picks, questions)),
+            "rumours": mean(pick == question["rumour"] for pick, question in zip(picks, questions)),
+            "quiz": danube3.evaluate(model, tokenizer, data / "quiz.jsonl")["acc"],
+            "chat_first": talk["right in turn 1"], "chat_second": talk["right in turn 2"],
+            **{f"loss_{name}": loss for name, loss in danube3.evaluate(model, tokenizer, data).items()}}
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    """The finished runs -> order, seed and outcomes of each"""
+    if not path.is_file():
+        return []
+    with open(path, newline="") as file:
+        return [{"order": row["order"], "seed": int(row["seed"]), **{name: float(row[name]) for name in OUTCOMES}}
+                for row in csv.DictReader(file)]
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["order", "seed", *OUTCOMES], lineterminator="\n")
+        writer.writeheader()
+        for row in sorted(rows, key=lambda row: (ORDERS.index(row["order"]), row["seed"])):
+            writer.writerow({**row, **{name: f"{row[name]:.5f}" for name in OUTCOMES}})
+    partial.replace(path)
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval."""
+    return mean(values), STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
+
+
+def analysis(rows: list[dict[str, object]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Of each outcome the mean of each order, and the mean difference of the others to "constant" over the seeds that
+    all orders have; each with half of its interval."""
+    by_run = {(row["order"], row["seed"]): row for row in rows}
+    seeds = [seed for seed in sorted({row["seed"] for row in rows}) if all((order, seed) in by_run for order in ORDERS)]
+    if not 2 <= len(seeds) <= max(STUDENT):
+        raise danube3.DanubeError(f"{len(seeds)} seeds are finished in all orders: intervals need 2 to {max(STUDENT)}")
+    results = {}
+    for name in OUTCOMES:
+        values = {order: [by_run[order, seed][name] for seed in seeds] for order in ORDERS}
+        results[name] = {order: interval(each) for order, each in values.items()}
+        for order in ("staged", "reversed"):
+            differences = [a - b for a, b in zip(values[order], values["constant"])]
+            results[name][f"{order} - constant"] = interval(differences)
+    return results
+
+
+def as_table(results: dict[str, dict[str, tuple[float, float]]]) -> str:
+    """In Markdown."""
+    columns = list(next(iter(results.values())))
+    lines = ["| outcome | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, cells in results.items():
+        numbers = " | ".join(f"{value:+.3f} ± {half:.3f}" if "-" in column else f"{value:.3f} ± {half:.3f}"
+                             for column, (value, half) in cells.items())
+        lines.append(f"| {OUTCOMES[name]} | {numbers} |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, object]], path: Path) -> None:
+    """A panel for each of the first five outcomes: a dot for each run, a line for each mean."""
+    from matplotlib.figure import Figure
+    names = list(OUTCOMES)[:5]
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names):
+        for place, order in enumerate(ORDERS):
+            values = [row[name] for row in rows if row["order"] == order]
+            axes.plot([place] * len(values), values, "o", color=f"C{place}", alpha=0.6)
+            axes.hlines(mean(values), place - 0.3, place + 0.3, color=f"C{place}")
+        axes.set_title(name, fontsize=9)
+        axes.set_xticks(range(len(ORDERS)), ORDERS, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def arguments() -> argparse.Namespace:
+    parser = danube3.Arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=danube3.positive, default=5, help="of each order, at most 10")
+    parser.add_argument("--workers", type=danube3.positive, default=2, help="runs at a time, which share the cores")
+    parser.add_argument("--tokens", help="of each run, to try out [the recipe's]")
+    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="the toy world; made if it is not there")
+    parser.add_argument("--out", type=Path, default=Path("out/experiment"), help="the runs")
+    parser.add_argument("--csv", type=Path, default=Path("data/experiment.csv"), help="a line for each run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if not args.data.exists():
+        from data import toy
+        toy.make(args.data)
+    rows = read_rows(args.csv)
+    finished = {(row["order"], row["seed"]) for row in rows}
+    runs = [(order, seed) for seed in range(args.seeds) for order in ORDERS if (order, seed) not in finished]
+    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=3 * args.seeds, initial=len(finished), unit="run") as bar:
+        for row in pool.map(lambda run: one_run(args, *run), runs):
+            rows.append(row)
+            write_rows(args.csv, rows)
+            bar.update()
+    print(as_table(analysis(rows)))
+    plot(rows, args.csv.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    danube3.run_command(main)
