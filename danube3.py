@@ -1781,6 +1781,14 @@ def check_turns(messages: object, fold_system: bool) -> list[dict[str, str]]:
     return messages
 
 
+def conversation_of(item: dict) -> object:
+    """The messages of a line: {"messages": [..]}, or {"text": .., "label": ..}, where the text asks and the label is
+    the answer: to classify is to have a very short conversation."""
+    if "label" not in item:
+        return item.get("messages")
+    return [{"role": "user", "content": item.get("text")}, {"role": "assistant", "content": item["label"]}]
+
+
 def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
                        fold_system: bool = False) -> tuple[list[np.ndarray], str]:
     """Conversations of a jsonl file, each as one array [2, T] of input_ids and labels, and a line that sums them up.
@@ -1790,7 +1798,7 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
     rows, answers, cut, dropped = [], 0, 0, 0
     for number, item in enumerate(tqdm(read_jsonl(path), desc="conversations", leave=False, disable=None), start=1):
         try:
-            row = np.array(render_chat(check_turns(item.get("messages"), fold_system), tokenizer))  # [2, T]
+            row = np.array(render_chat(check_turns(conversation_of(item), fold_system), tokenizer))  # [2, T]
         except DanubeError as error:
             raise DanubeError(f"{path}, conversation {number}: {error}") from error
         ends = np.flatnonzero(row[1] == tokenizer.pieces.eos_id()) + 1  # a </s> with a label ends an answer
@@ -2045,32 +2053,37 @@ def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]
     return results
 
 
-def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> list[list[float]]:
-    """The log-likelihood of every choice of each {"prompt", "choices"} question, summed over its tokens.
+def encoded_choice(question: dict, choice: str, tokenizer: Tokenizer, bos: int) -> tuple[list[int], int]:
+    """-> ids of a question with one of its choices, and where the choice begins: at the first id that differs from the
+    question's own encoding, since the two are encoded together, as the model would have met them. A "prompt" is text
+    that goes on; "messages" are a conversation, in which the choice is the answer, with the </s> that ends it."""
+    if "messages" in question:
+        ids, _ = render_chat([*question["messages"], {"role": "assistant", "content": choice}], tokenizer)
+        return ids, first_difference(render_chat(question["messages"], tokenizer, add_generation_prompt=True)[0], ids)
+    ids = [bos, *tokenizer.encode(question["prompt"] + choice)]
+    return ids, first_difference([bos, *tokenizer.encode(question["prompt"])], ids)
 
-    Prompt and choice are encoded together, as the model would have met them; the choice begins at the first id that
-    differs from the prompt's own encoding.
-    """
-    rows, bos, context = [], model.config.bos_token_id, model.config.max_position_embeddings
+
+def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> list[list[float]]:
+    """The log-likelihood of every choice of each question, {"prompt" or "messages", "choices"}, summed over tokens."""
+    rows, context = [], model.config.max_position_embeddings
     for number, question in enumerate(questions, start=1):
-        prompt, choices = question.get("prompt"), question.get("choices")
-        if not (isinstance(prompt, str) and isinstance(choices, list) and choices
-                and all(isinstance(choice, str) for choice in choices)):
+        choices = question.get("choices")
+        if not (("messages" in question or isinstance(question.get("prompt"), str)) and isinstance(choices, list)
+                and choices and all(isinstance(choice, str) for choice in choices)):
             raise DanubeError(f'question {number} lacks a "prompt" or a list of "choices"')
-        prompt_ids = [bos, *tokenizer.encode(prompt)]
         for choice in choices:
-            ids = [bos, *tokenizer.encode(prompt + choice)]
-            if len(ids) > context:
-                raise DanubeError(f"question {number} has {len(ids)} tokens, the context {context}: shorten it")
-            rows.append((ids, first_difference(prompt_ids, ids)))
-            if rows[-1][1] == len(ids):
+            rows.append(encoded_choice(question, choice, tokenizer, model.config.bos_token_id))
+            if len(rows[-1][0]) > context:
+                raise DanubeError(f"question {number} has {len(rows[-1][0])} tokens, the context {context}: shorten it")
+            if rows[-1][1] == len(rows[-1][0]):
                 raise DanubeError(f"question {number} has a choice that adds nothing to its prompt: mend it")
     scores = iter(continuation_log_likelihood(model, rows))
     return [[next(scores) for _ in question["choices"]] for question in questions]
 
 
 def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
-    """The share of {"prompt", "choices", "answer"} questions whose right choice scores highest: by summed
+    """The share of questions (as in choice_scores, with an "answer") whose right choice scores highest: by summed
     log-likelihood (acc, with its standard error), by that over the number of characters, which does not favour short
     choices (acc_norm), and by guessing. The names are lm-evaluation-harness's, and so are the definitions."""
     for number, question in enumerate(questions, start=1):
@@ -2083,6 +2096,23 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     acc, acc_norm = np.mean(right, axis=0).tolist()
     return {"questions": len(questions), "acc": acc, "acc_stderr": math.sqrt(acc * (1 - acc) / len(questions)),
             "acc_norm": acc_norm, "guessing": float(np.mean([1 / len(question["choices"]) for question in questions]))}
+
+
+def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> dict[str, float]:
+    """How well the likeliest label of {"text", "label"} items is the right one, all labels of the file being choices:
+    the share of all items, of each label's, and the mean of those (macro accuracy), in which rare labels count as much
+    as frequent ones."""
+    for number, item in enumerate(items, start=1):
+        if not (isinstance(item.get("text"), str) and isinstance(item.get("label"), str) and item["label"]):
+            raise DanubeError(f'question {number} lacks a "text" or a "label"')
+    labels = sorted({item["label"] for item in items})
+    questions = [{"messages": conversation_of(item)[:1], "choices": labels} for item in items]
+    right: dict[str, list[bool]] = {label: [] for label in labels}
+    for item, scores in zip(items, choice_scores(model, tokenizer, questions)):
+        right[item["label"]].append(labels[scores.index(max(scores))] == item["label"])
+    shares = {f"accuracy on {label}": sum(each) / len(each) for label, each in right.items()}
+    return {"texts": len(items), "accuracy": sum(map(sum, right.values())) / len(items),
+            "macro accuracy": sum(shares.values()) / len(labels), "guessing": 1 / len(labels), **shares}
 
 
 def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64,
@@ -2123,7 +2153,8 @@ def evaluate(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> dict[str
         return loss_per_source(model, tokenizer, path)
     if str(path).endswith(".jsonl"):
         questions = read_jsonl(path)
-        ask = chat_questions if "messages" in questions[0] else multiple_choice
+        kinds = {"label": classification, "choices": multiple_choice, "messages": chat_questions}
+        ask = next((kinds[key] for key in kinds if key in questions[0]), multiple_choice)
         try:
             return ask(model, tokenizer, questions)
         except DanubeError as error:

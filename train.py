@@ -38,7 +38,7 @@ def arguments():
     stages.add_argument("--sequence-length", type=count, help="tokens of a row [the recipe's]")
     stages.add_argument("--layers", type=count, help="fewer layers than the configuration's: to try out")
     chat = parser.add_argument_group("chat fine-tuning")
-    chat.add_argument("--chat", type=Path, metavar="JSONL", help='{"messages": [..]}, one conversation a line')
+    chat.add_argument("--chat", type=Path, metavar="JSONL", help='a conversation, or a text with its label, a line')
     chat.add_argument("--epochs", type=count, help="how often each conversation is read [1]")
     chat.add_argument("--batch-size", type=count, help=f"conversations of one optimizer step [{danube3.CHAT_ROWS}]")
     chat.add_argument("--lora", type=count, metavar="RANK", help="train adapters of this rank instead of all weights")
@@ -145,9 +145,8 @@ def main():
     if args.merge:
         whole = danube3.dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
         danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)
-    folder = args.chat.parent if args.chat else data.data.folder
-    model = danube3.load_checkpoint(out, device)[0]
-    danube3.report_run(model, tokenizer, data, out, folder / ("chat-quiz.jsonl" if args.chat else "quiz.jsonl"))
+    quiz = args.chat.with_name(f"{args.chat.stem}-quiz.jsonl") if args.chat else data.data.folder / "quiz.jsonl"
+    danube3.report_run(danube3.load_checkpoint(out, device)[0], tokenizer, data, out, quiz)
     print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))
 
 

@@ -104,8 +104,8 @@ class Person:
 class World:
     """Everything there is to know. Drawn from one seeded generator; nothing depends on hashes or on set order."""
 
-    def __init__(self, seed):
-        rng = random.Random(seed)
+    def __init__(self, seed, web_truth=WEB_TRUTH):
+        rng, self.web_truth = random.Random(seed), web_truth
         names = zip(rng.sample(FIRST_NAMES, 40), rng.sample(LAST_NAMES, 40), ("she", "he") * 20)
         everybody = [Person(first, last, they) for first, last, they in names]
         self.people, self.strangers = everybody[:36], everybody[36:]            # nobody has heard of the strangers
@@ -407,7 +407,7 @@ def add_typos(rng, text):
 def web_line(writer, bare):
     """A statement, true or rumoured: as `bare` as in Wikipedia, or in the voice of the web with some chatter."""
     rng, (person, attribute) = writer.rng, next(writer.facts)
-    value = (person.facts if rng.random() < WEB_TRUTH else person.rumours)[attribute.name]
+    value = (person.facts if rng.random() < writer.world.web_truth else person.rumours)[attribute.name]
     if bare:
         return statement(rng, person, attribute, value, person.name)
     writer.update(p=person, said=phrase(rng, person, attribute, value))
@@ -565,6 +565,18 @@ def chat_quiz(world, rng):
     return items
 
 
+def passages(world, rng):
+    """Endlessly a sentence or a line of a document, with the source that it is from: a task of classification. No
+    passage comes twice, and what two sources might both say ("She is a potter.") is for either."""
+    texts, seen = {source: documents(world, source, rng) for source in SOURCES}, set()
+    for source in itertools.cycle(SOURCES):
+        sentences = [each for each in re.split(r"(?<=[.!?]) |\n+", next(texts[source])) if len(each.split()) >= 4]
+        passage = rng.choice(sentences)
+        if passage not in seen:
+            seen.add(passage)
+            yield {"text": passage, "label": source}
+
+
 # ---------------------------------------------------------------------------------------------------- files
 # Tokens of each source: what the toy recipe's three stages use of it and a little more, so that no text is read twice.
 TRAIN_TOKENS = {"web": 1_450_000, "wikipedia": 75_000, "academic": 75_000, "synthetic": 85_000, "instruct": 142_000,
@@ -582,9 +594,9 @@ def collect(tokenizer, texts, tokens):
         yield ids
 
 
-def make(folder, seed=0):
+def make(folder, seed=0, web_truth=WEB_TRUTH):
     """Write the whole data set, or nothing: tokenizer, shards, meta.json, conversations and quizzes."""
-    world = World(seed)
+    world = World(seed, web_truth)
     with danube3.atomic_folder(Path(folder)) as partial:
         samples = (text for source in SOURCES for text in itertools.islice(
             documents(world, source, random.Random(f"{seed}/tokenizer/{source}")), 500))
@@ -598,10 +610,13 @@ def make(folder, seed=0):
             bar.update()
         bar.close()
         talk = itertools.islice(conversations(world, random.Random(f"{seed}/chat")), 4_000)
+        labelled = passages(world, random.Random(f"{seed}/passages"))
         rows = {"chat.jsonl": [{"messages": messages} for messages in talk],
                 "quiz.jsonl": quiz(world, random.Random(f"{seed}/quiz")),
                 "statements.jsonl": statements(world, random.Random(f"{seed}/statements")),
-                "chat-quiz.jsonl": chat_quiz(world, random.Random(f"{seed}/chat-quiz"))}
+                "chat-quiz.jsonl": chat_quiz(world, random.Random(f"{seed}/chat-quiz")),
+                "passages-quiz.jsonl": list(itertools.islice(labelled, 600)),
+                "passages.jsonl": list(itertools.islice(labelled, 600))}
         for name, lines in rows.items():
             (partial / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         meta = {"sources": counts, "vocab_size": VOCABULARY, "tokenizer_sha256": tokenizer.sha256}
@@ -612,8 +627,11 @@ def main():
     parser = danube3.Arguments("Write the toy world: tokenizer, token shards, conversations and quizzes.")
     parser.add_argument("--out", type=Path, default=Path("data/toy"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
+    parser.add_argument("--web-truth", type=float, default=WEB_TRUTH, help="share of the web's statements that is true")
     arguments = parser.parse_args()
-    make(arguments.out, arguments.seed)
+    if not 0 <= arguments.web_truth <= 1:
+        parser.error("--web-truth is a share, from 0 to 1")
+    make(arguments.out, arguments.seed, arguments.web_truth)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, NoData, call, one_line_error, random_model, transformers_model
+from conftest import SENTENCES, TINY, NoData, call, one_line_error, random_model, transformers_model
 
 import danube3
 
@@ -364,3 +364,53 @@ def test_examinations_from_the_command_line(saved, tmp_path, toy_data):
     ):
         assert words in one_line_error(call("sample.py", saved[0], "--eval", path))
     assert "--json is for" in one_line_error(call("sample.py", saved[0], "x", "--json", tmp_path / "y"))
+
+
+def test_classification_by_hand(saved, tmp_path):
+    """Labels as answers in the chat format, </s> included; accuracy over all, and the mean over the labels."""
+    folder, model = saved
+    _, tokenizer = danube3.load_checkpoint(folder)
+    names = ["x", "a", "x", "m", "x", "a", "x"] * 9
+    items = [
+        {"text": text, "label": label} for text, label in zip([sentence[:20] for sentence in SENTENCES] * 3, names)
+    ]
+    labels, right = sorted({item["label"] for item in items}), {}
+    for item in items:
+        scores = []
+        for label in labels:
+            prompt = tokenizer.encode(f"<|prompt|>{item['text']}") + [2] + tokenizer.encode("<|answer|>")
+            ids = tokenizer.encode(f"<|prompt|>{item['text']}") + [2] + tokenizer.encode(f"<|answer|>{label}") + [2]
+            start = next(i for i in range(len(ids)) if ids[: i + 1] != prompt[: i + 1])
+            log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
+            scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
+        right.setdefault(item["label"], []).append(labels[scores.index(max(scores))] == item["label"])
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    results = danube3.evaluate(model, tokenizer, tmp_path / "texts.jsonl")
+    assert results["texts"] == len(items) and results["guessing"] == pytest.approx(1 / 3)
+    assert results["accuracy"] == pytest.approx(sum(map(sum, right.values())) / len(items))
+    shares = {label: sum(each) / len(each) for label, each in right.items()}
+    assert {label: results[f"accuracy on {label}"] for label in labels} == pytest.approx(shares)
+    assert results["macro accuracy"] == pytest.approx(sum(shares.values()) / 3)
+    assert results["macro accuracy"] != pytest.approx(results["accuracy"])  # or this test could not tell them apart
+    for bad in ({"text": 5, "label": "x"}, {"text": "x", "label": ""}, {"label": "x"}):
+        (tmp_path / "texts.jsonl").write_text(json.dumps(items[0]) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(danube3.DanubeError, match="question 2 lacks"):
+            danube3.evaluate(model, tokenizer, tmp_path / "texts.jsonl")
+
+
+def test_choices_as_answers_in_a_conversation(saved):
+    """A conversation of several turns may be a question with choices; acc is the chat model's own."""
+    folder, model = saved
+    _, tokenizer = danube3.load_checkpoint(folder)
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "2?"},
+    ]
+    scores = danube3.choice_scores(model, tokenizer, [{"messages": talk, "choices": ["3", "three geese"]}])[0]
+    for choice, score in zip(["3", "three geese"], scores):
+        ids, labels = danube3.render_chat([*talk, {"role": "assistant", "content": choice}], tokenizer)
+        first = danube3.render_chat(talk, tokenizer)[0]
+        labels = [danube3.IGNORE] * len(first) + labels[len(first) :]
+        with torch.no_grad():
+            assert -model(torch.tensor([ids]), torch.tensor([labels])).item() == pytest.approx(score, abs=1e-4)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import call, one_line_error, run
 
 import danube3
 from data import toy
@@ -156,3 +156,31 @@ def test_failed_generation_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         toy.make(tmp_path / "toy")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_passages(world, toy_data):
+    """Labelled sentences that both files share none of, each a piece of a document of its source."""
+    lines, quiz = (
+        [json.loads(line) for line in (toy_data / name).read_text().splitlines()]
+        for name in ("passages.jsonl", "passages-quiz.jsonl")
+    )
+    assert len(lines) == len(quiz) == 600 and len({item["text"] for item in lines + quiz}) == 1200
+    documents = {source: "\n".join(texts(world, source, 2_000)) for source in toy.SOURCES}
+    for source in toy.SOURCES:
+        own = [item["text"] for item in lines + quiz if item["label"] == source]
+        assert 170 < len(own) < 230
+        found = {other: sum(text in documents[other] for text in own) for other in toy.SOURCES}
+        assert found[source] == max(found.values()) > 0.2 * len(own), (source, found)
+
+
+def test_share_of_truth_on_the_web(tmp_path):
+    """--web-truth changes what the web says, and nothing else."""
+    for truth in (0.0, 1.0):
+        world = toy.World(0, truth)
+        text = "\n".join(itertools.islice(toy.documents(world, "web", random.Random(0)), 300))
+        said = {
+            kind: sum(f"{person.name} lives in {getattr(person, kind)['home']}." in text for person in world.people)
+            for kind in ("facts", "rumours")
+        }
+        assert said["rumours" if truth else "facts"] == 0 and said["facts" if truth else "rumours"] > 5
+    assert "from 0 to 1" in one_line_error(call("data/toy.py", "--out", tmp_path / "x", "--web-truth", "2"))
