@@ -74,10 +74,10 @@ def run(*command, env=None, timeout=300):
     )
 
 
-def call(program, *arguments):
+def call(program, *arguments, folder=ROOT):
     """The same within this process, which saves the seconds of starting Python and torch. -> as run()"""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder):
         with unittest.mock.patch.object(sys, "argv", [program, *map(str, arguments)]):
             try:
                 runpy.run_path(program, run_name="__main__")

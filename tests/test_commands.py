@@ -1,0 +1,141 @@
+"""Every command in the README, in its order, in an empty folder beside the programs, with small budgets.
+
+What cannot be run here is listed in ELSEWHERE with the reason, and checked as far as that goes: benchmarks run for
+minutes or need other packages, so only their flags are looked up; torchrun's own runs are in test_distributed.py.
+"""
+
+import gzip
+import importlib.metadata
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, call
+
+README = (ROOT / "README.md").read_text()
+# What stands in the README for a name of the reader's own.
+NAMES = {"FOLDER": "out/model", "FILE": "out/model.gguf", "conversations.jsonl": "data/toy/chat.jsonl", "MERGED": "out/merged",
+         "[": "", "]": "", "seed-N": "seed-1", "--seed N": "--seed 1"}  # fmt: skip
+# A pattern of commands, and what makes such a command short.
+BUDGETS = (
+    (r"^python train.py( --seed|$)", "--tokens 4k"),
+    (r"--epochs 8", "--epochs 1"),
+    (r"--config (500m|4b)(?!.*--layers)(?!.*--dry-run)", "--dry-run"),
+    (r"--layers 2 --sequence-length", "--layers 1 --tokens 256 --tokens-per-step 128"),
+    (r"--calibrate", "--samples 8"),
+)
+ELSEWHERE = {
+    r"--open": "streams from the internet: test_prepare.py runs it with data sets of its own",
+    r"^python -m pytest": "this is it",
+    r"^python tests/(bench_\w+|mutate|campaign|exercises).py": "takes minutes, or other packages",
+}
+
+
+def commands():
+    """Those in code blocks, and those inside the text and the tables."""
+    blocks = "".join(re.findall(r"^ {4}.*\n", README, re.M))
+    lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
+    lines += re.findall(r"`([^`]+)`", README.replace("\n", " "))
+    starts = re.compile(r"(?:/usr/bin/time -v )?((?:python|torchrun|pip|echo) .*)")
+    parts = [" ".join(part.split()) for line in lines for part in line.split(" && ")]
+    found = [starts.fullmatch(part) for part in parts]
+    return list(dict.fromkeys(match[1].replace(" \\|", " |") for match in found if match))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, toy_data):
+    """The programs, a short toy world, and the files that the README takes as the reader's."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("danube3.py", "train.py", "sample.py", "quantize.py", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "data").mkdir()
+    for path in (ROOT / "data").iterdir():
+        if path.is_file():
+            shutil.copyfile(path, folder / "data" / path.name)
+    shutil.copytree(toy_data, folder / "data" / "toy", ignore=shutil.ignore_patterns("SHA256SUMS"))
+    for path in (folder / "data" / "toy").glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:24]))
+    words = [
+        f"The {a} {b} of the {c}."
+        for a in "old new red".split()
+        for b in "mill well".split()
+        for c in "hill dale".split()
+    ]
+    for place in ("texts/web", "papers", "stories"):
+        (folder / place).mkdir(parents=True)
+        for n, word in enumerate(words * 3):
+            (folder / place / f"{n}.txt").write_text(f"{word} In the {place} it is told {n} times. " * 20)
+    (folder / "wiki.test.raw").write_text(" ".join(words) * 20)
+    with gzip.open(folder / "wiki.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": f"{word} {n} " * 40}) + "\n" for n, word in enumerate(words * 20))
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho " * 60}]
+    (folder / "chats.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [*talk, {"role": "user", "content": str(n)}, talk[1]]}) + "\n" for n in range(200)
+        )
+    )
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (folder / "books").mkdir()
+    pq.write_table(
+        pyarrow.table({"text": [f"Book {n}: {words[n % 8]} " * 40 for n in range(99)]}), folder / "books/c.parquet"
+    )
+    return folder
+
+
+def check_elsewhere(command):
+    """The files and flags that a command names exist."""
+    _, *parts = shlex.split(command)
+    source = ""
+    for part in parts:
+        if part.endswith(".py"):
+            source += (ROOT / part).read_text()
+        elif part.startswith("--"):
+            assert f'"{part}"' in source, f"{command}: no flag {part}"
+
+
+def check_packages(command):
+    """Requirements exist, and what is not in them is a package that this project names elsewhere too."""
+    named = {re.split(r"[=<>\[;]", line)[0] for name in ("requirements.txt", "tests/requirements.txt")
+             for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")}  # fmt: skip
+    for flag, part in zip(["", *shlex.split(command)], shlex.split(command)):
+        if flag == "-r":
+            assert (ROOT / part).is_file()
+        elif part not in ("pip", "install", "-r"):
+            package = part.split("[")[0]
+            known = package in named and importlib.metadata.version(package)
+            assert known or any(f"pip install {package}" in path.read_text().replace('"', "")
+                                for path in (ROOT / "tests").glob("bench_*.py")), part  # fmt: skip
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, workspace, monkeypatch):
+    if command.startswith("pip "):
+        return check_packages(command)
+    if any(re.search(pattern, command) for pattern in ELSEWHERE):
+        return check_elsewhere(command)
+    for name, value in NAMES.items():
+        command = command.replace(name, value)
+    said, _, command = command.rpartition(" | ")
+    torchrun = re.match(r"torchrun .*?(?=train.py)", command)
+    if torchrun:
+        command = command.replace(torchrun[0], "python ")
+    budget = " ".join(flags for pattern, flags in BUDGETS if re.search(pattern, command))
+    _, program, *flags = shlex.split(f"{command} {budget}")
+    if "out/model" in command and not (workspace / "out/model").exists():
+        shutil.copytree(workspace / "out/toy-chat", workspace / "out/model")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said.removeprefix("echo ") or "Where does Ada live?\n"))
+    result = call(program, *flags, folder=workspace)
+    assert result.returncode == 0, f"{command}\n{result.stderr}"
+    assert result.stdout.strip()
+
+
+def test_commands_were_found():
+    found = commands()
+    assert len(found) > 40 and "python train.py" in found
+    assert any("prepare.py --out data/mine" in command and "'books/*.parquet'" in command for command in found)
