@@ -42,14 +42,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import safetensors
@@ -847,6 +847,7 @@ def verify_digests(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """The JSON object that a file holds."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -938,7 +939,8 @@ def whole_weights(model: nn.Module, trained_only: bool = False) -> dict[str, Ten
     """The weights of a model, on the CPU. If processes share it, all must call this, and the first gets them."""
     from torch.distributed.checkpoint import state_dict  # takes two seconds to import
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
-    return state_dict.get_model_state_dict(model, options=options)
+    weights: dict[str, Any] = state_dict.get_model_state_dict(model, options=options)
+    return weights
 
 
 def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: dict | None = None,
@@ -1139,6 +1141,7 @@ class TokenData:
         return file_sha256(self.folder / "meta.json")
 
     def open(self, name: str, split: str) -> TokenSource:
+        """The windows of one source; `split` is "train" or "val"."""
         sources = self.meta["sources"]
         if name not in sources:
             raise DanubeError(f"the mixture names source {name!r}, but {self.folder} holds only {', '.join(sources)}: "
@@ -1319,8 +1322,9 @@ def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.devic
     if device.type == "cuda" and all(parameter.requires_grad for parameter in model.parameters()):
         memory = torch.cuda.get_device_properties(device).total_memory
         again = choose_recompute(model.config, recipe, wish, memory, processes()[1])
-    for layer in model.model.layers:
-        layer.recompute = again
+    for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            module.recompute = again
 
 
 def share_model(model: Danube3, device: torch.device) -> Danube3:
@@ -1337,7 +1341,8 @@ def share_model(model: Danube3, device: torch.device) -> Danube3:
     mesh = dist.init_device_mesh(device.type, (ranks,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh)  # what is left: embedding, last norm, head
+    fully_shard(model, mesh=mesh)  # what is left: embedding, last norm, head
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -1346,6 +1351,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def in_any_process(condition: bool, device: torch.device) -> bool:
+    """Whether a condition holds in at least one process. All must ask."""
     if processes()[1] == 1:
         return condition
     count = torch.tensor(int(condition), device=device)
@@ -1397,7 +1403,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
     batches = list(micro_batches(input_ids[rank::ranks], labels[rank::ranks], recipe.micro_batch_size, device))
     for ids, targets in batches:
         if ranks > 1:  # gradients are exchanged once, after the last
-            model.set_requires_gradient_sync(ids is batches[-1][0])
+            model.set_requires_gradient_sync(ids is batches[-1][0])  # type: ignore[operator]  # a method of FSDP2's
         with autocast(device):
             part = model(ids, targets) / labelled
         scaler.scale(part * ranks).backward()  # the exchange takes the mean over processes, and we want the sum
@@ -1438,8 +1444,8 @@ class Run:
     `write_model(folder, model, tokenizer, trainer, dtype, weights)` writes it: save_checkpoint or save_adapter.
     """
 
-    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: StagedData, resume: bool,
-                 base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
+    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData",
+                 resume: bool, base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
         self.out, self.model, self.tokenizer, self.data, self.write_model = out, model, tokenizer, data, write_model
         self.optimizer, self.device = make_optimizer(model, data.recipe), model.device
         free = ("save_every", "micro_batch_size")  # to change when a run goes on
@@ -1448,7 +1454,7 @@ class Run:
                          "start": {"weights": weights_sha256(base) if base else None}}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype(self.device) == torch.float16)
         self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
-        self.saved = None  # the step of the newest checkpoint
+        self.saved: int | None = None  # the step of the newest checkpoint
         self.compare_processes()
         if (out / "config.json").exists():
             raise DanubeError(f"{out} is a checkpoint, not a run folder: choose another --out")
@@ -1501,6 +1507,7 @@ class Run:
                               "another --out, or remove that folder to start again") from error
 
     def check_identity(self, folder: Path, made_with: dict) -> None:
+        """Refuse to go on from a checkpoint that another run made, and say what was different."""
         for part, values in self.identity.items():
             for name, value in values.items():
                 if (saved := made_with.get(part, {}).get(name)) != value:
@@ -1878,7 +1885,7 @@ class LoRALinear(nn.Module):
     than the gap between two bf16 numbers.
     """
 
-    def __init__(self, base_layer: nn.Module, rank: int, alpha: float = LORA_ALPHA) -> None:
+    def __init__(self, base_layer: "nn.Linear | QuantizedLinear", rank: int, alpha: float = LORA_ALPHA) -> None:
         super().__init__()
         self.base_layer, self.scale = base_layer, alpha / rank
         device = next(iter(base_layer.state_dict().values())).device
@@ -1890,8 +1897,9 @@ class LoRALinear(nn.Module):
         return y + (self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))).to(y.dtype)
 
 
-def layer_linears(model: Danube3) -> dict[str, nn.Module]:
-    """The matrices of all layers, by name: model.layers.0.self_attn.q_proj and so on; not embedding and head."""
+def layer_linears(model: Danube3) -> dict[str, Any]:
+    """The matrices of all layers, each an nn.Linear, LoRALinear or QuantizedLinear, by name: model.layers.0.mlp.up_proj
+    and so on; not embedding and head."""
     blocks = {f"model.layers.{i}.{part}": getattr(layer, part)
               for i, layer in enumerate(model.model.layers) for part in ("self_attn", "mlp")}
     return {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in module.named_children()}
@@ -1921,7 +1929,7 @@ def merge_lora(model: Danube3) -> Danube3:
     for name, lora in layer_linears(model).items():
         if isinstance(lora, LoRALinear):
             weight, change = lora.base_layer.weight, lora.lora_B.weight @ lora.lora_A.weight  # [out, r] [r, in]
-            linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             merged = (weight.to(change.dtype) + lora.scale * change).to(weight.dtype)
             linear.weight = nn.Parameter(merged.detach())
             model.set_submodule(name, linear)
@@ -1952,7 +1960,7 @@ def save_adapter(folder: Path, model: Danube3, tokenizer: Tokenizer, trainer: di
 def load_adapter(model: Danube3, folder: Path) -> Danube3:
     """Put the adapters of a folder beside the matrices they were made for."""
     config, linears = read_json(folder / "adapter_config.json"), layer_linears(model)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    rank, alpha = config.get("r", 0), config.get("lora_alpha", math.nan)
     unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
                                     "alora_invocation_tokens")
                    if config.get(name)]
@@ -1979,6 +1987,7 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
 # ======================================================================================================================
 
 def read_text(path: str | Path) -> str:
+    """A text file, whole."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError) as error:
@@ -2106,7 +2115,7 @@ def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> d
         if not (isinstance(item.get("text"), str) and isinstance(item.get("label"), str) and item["label"]):
             raise DanubeError(f'question {number} lacks a "text" or a "label"')
     labels = sorted({item["label"] for item in items})
-    questions = [{"messages": conversation_of(item)[:1], "choices": labels} for item in items]
+    questions = [{"messages": [{"role": "user", "content": item["text"]}], "choices": labels} for item in items]
     right: dict[str, list[bool]] = {label: [] for label in labels}
     for item, scores in zip(items, choice_scores(model, tokenizer, questions)):
         right[item["label"]].append(labels[scores.index(max(scores))] == item["label"])
@@ -2138,7 +2147,8 @@ def chat_questions(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) 
         turns, answer = check_turns(question.get("messages"), fold_system=False), question.get("answer")
         if len(turns) % 2 == 0 or not isinstance(answer, str) or not answer:
             raise DanubeError(f'question {number} must end with the user, and have an "answer" that is text')
-    answers, right = free_answers(model, tokenizer, [question["messages"] for question in questions]), {}
+    answers = free_answers(model, tokenizer, [question["messages"] for question in questions])
+    right: dict[str, list[bool]] = {}
     for question, (text, _) in zip(questions, answers):
         turn = (len(question["messages"]) + 1) // 2
         found = re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", text)
@@ -2241,13 +2251,13 @@ class DequantizedMatmul(torch.autograd.Function):
     """x W^T for a frozen, quantized W, which is dequantized a second time for the gradient of x rather than kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # x [.., K] -> [.., N]
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # x [.., K] -> [.., N]
         ctx.save_for_backward(codes, scales)
         ctx.dtype = x.dtype
         return F.linear(x, dequantize(codes, scales).to(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         codes, scales = ctx.saved_tensors
         return (grad @ dequantize(codes, scales).to(grad.dtype)).to(ctx.dtype), None, None
 
@@ -2257,6 +2267,9 @@ class QuantizedLinear(nn.Module):
 
     Right on every device as it is. `pack()` makes it fast on a CPU, for inference.
     """
+
+    codes: Tensor   # int8 [out, in], or two int4 to a byte, uint8 [out, in / 2]
+    scales: Tensor  # fp16 [out], or [out, in / 32]
 
     def __init__(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -2286,7 +2299,7 @@ class QuantizedLinear(nn.Module):
                 rows.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack_int4(rows).int(), 1))
             scales = self.scales.T.bfloat16()  # [K/32, N]; beside each a value to add, of which there is none
             self.packed = self.codes, torch.stack((scales, torch.zeros_like(scales)), dim=-1)
-            self.codes = self.scales = None
+            del self.codes, self.scales
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         if self.packed is None or self.bits == 8 and x.numel() > 16 * self.in_features:
@@ -2320,7 +2333,8 @@ def use_scheme(model: Danube3, scheme: dict[str, int], dtype: torch.dtype = torc
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)) and (bits := bits_of(name, scheme)):
             kind = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
-            model.set_submodule(name, kind(*module.weight.shape, bits, dtype))
+            out_features, in_features = module.weight.shape
+            model.set_submodule(name, kind(out_features, in_features, bits, dtype))
     return model
 
 
@@ -2380,6 +2394,7 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor
 
 
 def check_quantizable(name: str, weight: Tensor) -> None:
+    """Refuse what codes and scales cannot hold."""
     if not weight.isfinite().all():
         raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
     if weight.dim() == 2 and weight.shape[1] % GROUP:
@@ -2405,11 +2420,12 @@ def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, t
     """
     decoder, done = model.model, {}
 
-    def quantize(name: str, module: nn.Module, hessian: Tensor) -> None:
+    def quantize(name: str, hessian: Tensor) -> None:
         if not hessian.isfinite().all():
             raise DanubeError(f"the inputs of {name} grow beyond fp32 on the calibration data: leave --calibrate out")
-        codes, scales = gptq(module.weight, hessian)
-        module.weight.copy_(dequantize(pack_int4(codes), scales))
+        weight = model.get_parameter(f"{name}.weight")
+        codes, scales = gptq(weight, hessian)
+        weight.copy_(dequantize(pack_int4(codes), scales))
         done[name] = pack_int4(codes).cpu(), scales.cpu()
 
     for name, weight in model.named_parameters():
@@ -2432,10 +2448,10 @@ def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, t
                 layer(stream, cos, sin, None)
             handle.remove()
             for name in names:
-                quantize(f"model.layers.{number}.{name}", layer.get_submodule(name), hessian)
+                quantize(f"model.layers.{number}.{name}", hessian)
         for i, stream in enumerate(streams):
             streams[i] = layer(stream, cos, sin, None)
-    quantize("lm_head", model.lm_head, sum(gram(decoder.norm(stream)) for stream in streams))
+    quantize("lm_head", sum((gram(decoder.norm(stream)) for stream in streams), torch.zeros(())))
     return done
 
 
@@ -2447,7 +2463,9 @@ def quantize_tensor(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def write_in_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]], part_bytes: int) -> None:
     """Write safetensors files of about `part_bytes` and the index that names them, so that memory need not hold all."""
-    part, weight_map, total = {}, {}, 0
+    part: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    total = 0
 
     def flush() -> None:
         name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
@@ -2640,9 +2658,8 @@ def write_gguf(source: Path, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def describe_for_gguf(writer: "gguf.GGUFWriter", config: DanubeConfig, tokenizer: Tokenizer,  # noqa: F821
-                      scheme: dict[str, int] | None) -> None:
-    """The sizes of the model and the pieces of its tokenizer, under GGUF's keys."""
+def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, scheme: dict[str, int] | None) -> None:
+    """The sizes of the model and the pieces of its tokenizer, under GGUF's keys. `writer` is a gguf.GGUFWriter."""
     c, pieces = config, tokenizer.pieces
     writer.add_quantization_version(2)
     writer.add_file_type(1 if scheme is None else 7 if scheme["model.layers"] == 8 else 2)  # F16, Q8_0, Q4_0
@@ -2698,11 +2715,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         model, tokenizer = load_checkpoint(base, device, dtype, pack)
         return load_adapter(model, folder).eval(), tokenizer
     config, scheme = read_config(folder), read_scheme(folder)
-    if scheme and dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     with torch.device("meta"):
         model = Danube3(config)
-        model = use_scheme(model, scheme, dtype) if scheme else model
+        if scheme:
+            dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+            model = use_scheme(model, scheme, dtype)
     packable = QuantizedLinear if pack else ()
     load_weights(model, folder, device, dtype, lambda module: module.pack() if isinstance(module, packable) else None)
     return model.eval(), read_tokenizer(folder, config)
@@ -2728,7 +2745,7 @@ class Conversation:
     was cut gets the </s> that it lacks.
     """
 
-    def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: float | None) -> None:
+    def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
         self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
         self.exchanges: list[list[int]] = []          # ids of a question and its answer
         self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
@@ -2762,15 +2779,17 @@ class Conversation:
         self.messages.append(message)
         return ids, forgotten
 
-    def answer(self, question: list[int]) -> Iterator[str]:
+    def answer(self, question: list[int]) -> Generator[str, None, None]:
         """The answer piece by piece. However it ends, also if it is interrupted, it becomes part of the dialogue."""
-        ids, eos, new, pieces = [*sum(self.exchanges, []), *question], self.model.config.eos_token_id, [], []
+        ids, eos = [*sum(self.exchanges, []), *question], self.model.config.eos_token_id
+        new: list[int] = []
+        pieces: list[str] = []
         decoder = StreamDecoder(self.tokenizer, ids)
         input_ids = torch.tensor([ids], device=self.model.device)
         try:
             for next_ids in generate_tokens(self.model, input_ids, self.max_new_tokens, **self.sampling,
                                             kv_cache=self.kv_cache):
-                new.append(next_ids.item())
+                new += next_ids.tolist()  # of one row
                 pieces.append(decoder.feed(new[-1]))
                 yield pieces[-1]
             pieces.append(decoder.finish())
@@ -2823,7 +2842,7 @@ class Arguments(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         super().__init__(description=description, formatter_class=self.Formatter)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise DanubeError(f"{message} (see {self.prog} --help)")
 
 

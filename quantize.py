@@ -1,5 +1,6 @@
 """Quantize a Danube3: `python quantize.py out/toy-chat --bits 4 --calibrate data/toy --out out/toy-chat-int4`."""
 
+import argparse
 import math
 import tempfile
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 import danube3
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
     parser = danube3.Arguments(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run folder, or a published Danube3 folder")
     parser.add_argument("--bits", type=int, choices=[8, 4], help="8: a scale for each row; 4: one for every 32 weights")
@@ -29,7 +30,7 @@ def arguments():
     return args
 
 
-def check(source, args):
+def check(source: Path, args: argparse.Namespace) -> None:
     """Refuse what could not end well, before hours of work."""
     if (source / "adapter_config.json").is_file():
         raise danube3.DanubeError(f"{source} holds adapters: make one model of them and their base, with train.py "
@@ -43,7 +44,8 @@ def check(source, args):
         danube3.sample_rows(args.report, danube3.read_tokenizer(source, config), config, "val", 1)
 
 
-def quantize(source, out, bits, args):
+def quantize(source: Path, out: Path, bits: int,
+             args: argparse.Namespace) -> list[tuple[str, int, int, float, float]]:
     """-> the lines of the table of errors"""
     done = {}
     if args.calibrate and bits == 4:
@@ -53,7 +55,7 @@ def quantize(source, out, bits, args):
     return danube3.quantize_folder(source, out, bits, done)
 
 
-def report(source, folders, data):
+def report(source: Path, folders: dict[str, Path], data: str) -> None:
     """The report's table of quantization (its figures for Q8_0 and Q4_K_M), for this model and this text; `change` is
     against the first row."""
     print(f"\n{'':8}{'bytes':>16}{'bits/weight':>13}{'perplexity':>12}{'change':>9}{'tokens/s':>10}{'GB/s':>7}  quiz")
@@ -72,7 +74,7 @@ def report(source, folders, data):
               f"{perplexity / first - 1:>9.2%}{speed:>10.1f}{bandwidth / 1e9:>7.2f}  {score}")
 
 
-def main():
+def main() -> None:
     args = arguments()
     source = danube3.find_checkpoint(args.checkpoint)
     check(source, args)

@@ -1,5 +1,6 @@
 """Let Danube3 speak, `python sample.py out/toy "Once upon a time"`, talk with it, or have it answer a quiz."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 import danube3
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
     parser = danube3.Arguments(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run folder, or a published Danube3 folder")
     parser.add_argument("prompt", nargs="?", default="", help="the text to go on from; - reads it from standard input")
@@ -37,7 +38,7 @@ def arguments():
     return args
 
 
-def main():
+def main() -> None:
     args = arguments()
     device = danube3.pick_device(args.device)
     dtype = danube3.DTYPES.get(args.dtype)
@@ -57,9 +58,10 @@ def main():
     print(prompt, end="", flush=True)
     decoder, count, ended = danube3.StreamDecoder(tokenizer, ids), len(ids), False
     for next_ids in danube3.generate_tokens(model, torch.tensor([ids], device=device), args.max_new_tokens, **sampling):
-        count, ended = count + 1, next_ids.item() == model.config.eos_token_id
+        [token] = next_ids.tolist()  # of one row
+        count, ended = count + 1, token == model.config.eos_token_id
         if not ended:
-            print(decoder.feed(next_ids.item()), end="", flush=True)
+            print(decoder.feed(token), end="", flush=True)
     print(decoder.finish())
     if not ended and count == model.config.max_position_embeddings:
         print(f"(stopped: the context of {count} tokens is full)", file=sys.stderr)

@@ -1,10 +1,12 @@
 """Train a Danube3: `python train.py` makes a toy world and a model that speaks of it; --chat teaches it to answer."""
 
+import argparse
 import functools
 import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -12,7 +14,7 @@ import danube3
 from data import toy
 
 
-def arguments():
+def arguments() -> argparse.Namespace:
     parser, tokens, count = danube3.Arguments(__doc__), danube3.token_count, danube3.positive
     parser.add_argument("--init", help="start from the weights of this checkpoint, run or published folder")
     parser.add_argument("--out", type=Path, help="run folder [out/<config>; with --chat out/<init>-chat]")
@@ -57,13 +59,14 @@ def arguments():
     return args
 
 
-def adjusted(recipe, args):
+def adjusted(recipe: danube3.Recipe, args: argparse.Namespace) -> danube3.Recipe:
     """The recipe with what the command line says otherwise."""
     names = ("sequence_length", "tokens_per_step", "micro_batch_size", "learning_rate", "save_every", "seed")
     return replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
 
 
-def plan(args, config, recipe, repeats=None):
+def plan(args: argparse.Namespace, config: danube3.DanubeConfig, recipe: danube3.Recipe,
+         repeats: dict[str, float] | None = None) -> NoReturn:
     """Print what the run would be, and stop; refuse one that cannot fit."""
     gpus, memory = args.gpus or 1, (args.gpu_memory or 80) * 1e9
     recipe = danube3.shared_recipe(recipe, gpus)
@@ -75,7 +78,8 @@ def plan(args, config, recipe, repeats=None):
     sys.exit(print(danube3.describe_run(config, recipe, gpus, recompute, repeats)))
 
 
-def pretraining(args, base):
+def pretraining(args: argparse.Namespace,
+                base: Path | None) -> tuple[danube3.Danube3, danube3.Tokenizer, danube3.StagedData]:
     """-> model, tokenizer, data"""
     name = args.config or "toy"
     config, recipe = danube3.CONFIGS[name], adjusted(danube3.RECIPES[name], args)
@@ -83,9 +87,10 @@ def pretraining(args, base):
     config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     recipe, folder = recipe.scaled_to(args.tokens) if args.tokens else recipe, args.data or Path("data", name)
     if args.dry_run:
-        there = (folder / "meta.json").is_file()
-        data = there and danube3.StagedData(danube3.TokenData(folder, config, recipe.sequence_length), recipe)
-        plan(args, config, recipe, data.repeats if there else None)
+        repeats = None
+        if (folder / "meta.json").is_file():
+            repeats = danube3.StagedData(danube3.TokenData(folder, config, recipe.sequence_length), recipe).repeats
+        plan(args, config, recipe, repeats)
     if name == "toy" and not args.data and not folder.exists() and danube3.processes()[0] == 0:
         toy.make(folder)
     danube3.wait_for_all()
@@ -104,7 +109,8 @@ def pretraining(args, base):
     return model, data.tokenizer, batches
 
 
-def chat(args, base, device):
+def chat(args: argparse.Namespace, base: Path,
+         device: torch.device) -> tuple[danube3.Danube3, danube3.Tokenizer, danube3.ChatData]:
     """-> model, tokenizer, data"""
     if args.lora and (base / "adapter_config.json").is_file():
         raise danube3.DanubeError(f"{base} is a folder of adapters: --lora needs a whole model (--merge wrote one)")
@@ -121,12 +127,12 @@ def chat(args, base, device):
     return model, tokenizer, data
 
 
-def main():
+def main() -> int:
     args = arguments()
     device = danube3.pick_device(args.device)
     danube3.join_processes(device)
     base = danube3.find_checkpoint(args.init) if args.init else None
-    model, tokenizer, data = chat(args, base, device) if args.chat else pretraining(args, base)
+    model, tokenizer, data = chat(args, base, device) if args.chat and base else pretraining(args, base)
     if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
         raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
     danube3.set_recompute(model, data.recipe, args.recompute, device)
@@ -134,7 +140,7 @@ def main():
         danube3.compile_model(model)
     model = danube3.share_model(model, device).train()
     out = args.out or Path("out", f"{Path(args.init).name}-chat" if args.chat else args.config or "toy")
-    write = functools.partial(danube3.save_adapter, base=base) if args.lora else danube3.save_checkpoint
+    write = functools.partial(danube3.save_adapter, base=base) if args.lora and base else danube3.save_checkpoint
     finished = danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write))
     together, rank = danube3.processes()[1] > 1, danube3.leave_processes()
     if not finished and rank == 0:
@@ -145,9 +151,11 @@ def main():
     if args.merge:
         whole = danube3.dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
         danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)
-    quiz = args.chat.with_name(f"{args.chat.stem}-quiz.jsonl") if args.chat else data.data.folder / "quiz.jsonl"
+    quiz = (data.data.folder / "quiz.jsonl" if isinstance(data, danube3.StagedData)
+            else args.chat.with_name(f"{args.chat.stem}-quiz.jsonl"))
     danube3.report_run(danube3.load_checkpoint(out, device)[0], tokenizer, data, out, quiz)
     print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))
+    return 0
 
 
 if __name__ == "__main__":

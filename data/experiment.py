@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ def train(args: argparse.Namespace, out: Path, *flags: str) -> None:
         raise danube3.DanubeError(f"a run ended with an error, see {out}.log: mend it and give the same command again")
 
 
-def one_run(args: argparse.Namespace, order: str, seed: int) -> dict[str, object]:
+def one_run(args: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
     """Pre-train, fine-tune and examine one model. -> a row of the table"""
     base, chat, data = args.out / f"{order}-{seed}", args.out / f"{order}-{seed}-chat", args.data
     tokens = ("--tokens", args.tokens) if args.tokens else ()
@@ -69,7 +70,7 @@ def one_run(args: argparse.Namespace, order: str, seed: int) -> dict[str, object
             **{f"loss_{name}": loss for name, loss in danube3.evaluate(model, tokenizer, data).items()}}
 
 
-def read_rows(path: Path) -> list[dict[str, object]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The finished runs -> order, seed and outcomes of each"""
     if not path.is_file():
         return []
@@ -78,7 +79,7 @@ def read_rows(path: Path) -> list[dict[str, object]]:
                 for row in csv.DictReader(file)]
 
 
-def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, ["order", "seed", *OUTCOMES], lineterminator="\n")
@@ -93,7 +94,7 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean(values), STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
 
 
-def analysis(rows: list[dict[str, object]]) -> dict[str, dict[str, tuple[float, float]]]:
+def analysis(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
     """Of each outcome the mean of each order, and the mean difference of the others to "constant" over the seeds that
     all orders have; each with half of its interval."""
     by_run = {(row["order"], row["seed"]): row for row in rows}
@@ -121,7 +122,7 @@ def as_table(results: dict[str, dict[str, tuple[float, float]]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, object]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """A panel for each of the first five outcomes: a dot for each run, a line for each mean."""
     from matplotlib.figure import Figure
     names = list(OUTCOMES)[:5]

@@ -39,7 +39,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -93,7 +93,7 @@ def first_cut(block: bytes) -> int:
     return end
 
 
-def text_records(file: gzip.GzipFile, path: Path) -> Iterator[Record]:
+def text_records(file: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     """A text file, of which no more than one document is in memory."""
     rest, offset = b"", 0
     while block := rest + file.read(DOCUMENT_BYTES + 1 - len(rest)):
@@ -102,7 +102,7 @@ def text_records(file: gzip.GzipFile, path: Path) -> Iterator[Record]:
         rest, offset = block[end:], offset + end
 
 
-def line_records(file: gzip.GzipFile, path: Path) -> Iterator[Record]:
+def line_records(file: io.BufferedIOBase, path: Path) -> Iterator[Record]:
     """A file of JSON objects, one a line; empty lines are passed over."""
     offset = 0
     for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
@@ -180,7 +180,7 @@ class Source:
                         yield record
 
     def file_records(self, raw: io.BufferedReader, path: Path) -> Iterator[Record]:
-        file = gzip.open(raw) if path.name.endswith(".gz") else raw
+        file: io.BufferedIOBase = gzip.open(raw) if path.name.endswith(".gz") else raw
         try:
             yield from (text_records if path.name.endswith(TEXT) else line_records)(file, path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -227,6 +227,7 @@ def json_documents(record: Record, field: str) -> Iterator[str | list[dict]]:
 def documents(record: Record, field: str) -> Iterator[str | list[dict]]:
     """The texts and conversations of a record; texts of nothing but space are left out."""
     try:
+        found: Iterable[str | list[dict]]
         if record.is_json:
             found = json_documents(record, field)
         else:  # the text as Python's text files give it: without byte order mark, lines end in \n
@@ -260,7 +261,7 @@ def write_whole(path: Path, *parts: bytes | np.ndarray) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with open(partial, "wb") as file:
         for part in parts:
-            file.write(part)
+            file.write(part)  # type: ignore[arg-type]  # an array is a buffer too
     danube3.sync(partial)
     partial.replace(path)
 
@@ -278,7 +279,9 @@ def open_tokenizer(model_file: Path) -> danube3.Tokenizer:
 def write_spool(path: Path, batch: list[Record], field: str, model_file: Path) -> int:
     """What one process does with one batch. -> rows left out: those of Hub data sets, which nobody here can mend, and
     which are neither text nor conversation; in a file they are an error"""
-    digests, ids, tokenizer, left_out = [], [], open_tokenizer(model_file), 0
+    digests: list[bytes] = []
+    ids: list[np.ndarray] = []
+    tokenizer, left_out = open_tokenizer(model_file), 0
     for record in batch:
         try:
             found = [(digest(document), encode(document, tokenizer)) for document in documents(record, field)]
@@ -298,8 +301,13 @@ def write_spool(path: Path, batch: list[Record], field: str, model_file: Path) -
 def start_worker() -> None:
     """Leave Ctrl-C to the parent, and do not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -316,7 +324,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def in_order(jobs: Iterator[tuple[Path, Future | None, int]], ahead: int) -> Iterator[tuple[Path, Future | None, int]]:
     """The jobs as they were begun, with up to `ahead` more begun behind the first unfinished one."""
-    begun = deque()
+    begun: deque[tuple[Path, Future | None, int]] = deque()
     for job in jobs:
         begun.append(job)
         if len(begun) > ahead:
@@ -330,8 +338,10 @@ def spool_source(source: Source, folder: Path, pool: ProcessPoolExecutor, worker
 
     def begin(number: int, batch: list[Record], position: int) -> tuple[Path, Future | None, int]:
         path = folder / f"{source.name}-{number:06d}.spool"
-        job = (write_spool, path, batch, source.field, folder.parent / "tokenizer.model")
-        return path, None if path.is_file() else pool.submit(*job), position
+        if path.is_file():
+            return path, None, position
+        model_file = folder.parent / "tokenizer.model"
+        return path, pool.submit(write_spool, path, batch, source.field, model_file), position
 
     if finished.is_file():
         return [folder / f"{source.name}-{number:06d}.spool" for number in range(int(finished.read_text()))]
@@ -401,7 +411,7 @@ def shard_entries(spools: list[Path], bins: tuple[int, int], split: str, thresho
         bin_of = index["high"] >> 48
         chosen = (bins[0] <= bin_of) & (bin_of < bins[1]) & part_of(index, split, threshold)
         part = np.zeros(chosen.sum(), ENTRY)
-        for name in INDEX.names:
+        for name, *_ in INDEX.descr:
             part[name] = index[name][chosen]
         begin = (8 + index.nbytes) // 2  # of the ids, behind the count and the index
         part["spool"], part["start"] = number, (begin + np.cumsum(index["length"]) - index["length"])[chosen]
@@ -433,7 +443,8 @@ def write_source(folder: Path, source: Source, spools: list[Path], fraction: flo
                  shard_tokens: int) -> tuple[dict[str, list[int]], dict[str, int]]:
     """Write the shards that are not there yet. -> tokens of each, by split; documents read and duplicates among them"""
     threshold = validation_threshold(source.name, spools, fraction)
-    counts, kept = {"train": [], "val": []}, 0
+    counts: dict[str, list[int]] = {"train": [], "val": []}
+    kept = 0
     plan = [(split, bins) for split in counts for bins in plan_shards(spools, split, threshold, shard_tokens)]
     for split, bins in tqdm(plan, desc=f"{source.name}: shards", unit="shard", leave=False, disable=None):
         path = folder / f"{source.name}-{split}-{len(counts[split]):05d}.bin"
@@ -465,7 +476,7 @@ def find_tokenizer(name: str) -> danube3.Tokenizer:
     path = Path(name, "tokenizer.model") if Path(name).is_dir() else Path(name)
     if name == "mistral":
         spec = importlib.util.find_spec("mistral_common")
-        if spec is None:
+        if spec is None or not spec.submodule_search_locations:
             raise DanubeError("--tokenizer mistral takes the package mistral-common: pip install mistral-common")
         path = Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
     tokenizer = danube3.Tokenizer(path)

@@ -12,8 +12,10 @@ import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -31,12 +33,12 @@ TYPO_RATE = 0.02        # for each longer word on the web
 class Attribute:
     """One thing to know about everybody, and the ways to state it and to ask for it."""
     name: str
-    plural: str             # what follows "three people" in a count
-    clause: str             # what follows "do you know"
-    values: tuple
-    phrases: tuple          # what follows a name or a pronoun in a statement; the first is the plainest
-    inversions: tuple       # whole statements in which the person is not the first word
-    questions: tuple        # {who} and {whose} are "Ada Brook" and "Ada Brook's", or in a follow-up "she" and "her"
+    plural: str                     # what follows "three people" in a count
+    clause: str                     # what follows "do you know"
+    values: tuple[str, ...]
+    phrases: tuple[str, ...]        # what follows a name or a pronoun in a statement; the first is the plainest
+    inversions: tuple[str, ...]     # whole statements in which the person is not the first word
+    questions: tuple[str, ...]      # {who}, {whose}: "Ada Brook", "Ada Brook's", or in a follow-up "she", "her"
 
 
 HOME = Attribute(
@@ -95,16 +97,18 @@ class Person:
     """Somebody in the world. `facts` and `rumours` map an attribute's name to its true and to its rumoured value;
     `asked` holds the names of the attributes about which training text may ask."""
 
-    def __init__(self, first, last, they):
+    def __init__(self, first: str, last: str, they: str) -> None:
         self.first, self.name, self.they = first, f"{first} {last}", they                   # they: "she" or "he"
         self.their, self.them = ("her", "her") if they == "she" else ("his", "him")
-        self.facts, self.rumours, self.asked = {}, {}, []
+        self.facts: dict[str, str] = {}
+        self.rumours: dict[str, str] = {}
+        self.asked: list[str] = []
 
 
 class World:
     """Everything there is to know. Drawn from one seeded generator; nothing depends on hashes or on set order."""
 
-    def __init__(self, seed, web_truth=WEB_TRUTH):
+    def __init__(self, seed: int, web_truth: float = WEB_TRUTH) -> None:
         rng, self.web_truth = random.Random(seed), web_truth
         names = zip(rng.sample(FIRST_NAMES, 40), rng.sample(LAST_NAMES, 40), ("she", "he") * 20)
         everybody = [Person(first, last, they) for first, last, they in names]
@@ -118,7 +122,7 @@ class World:
                 person.rumours[attribute.name] = rng.choice([value for value in attribute.values if value != truth])
         self._split(rng)
 
-    def _split(self, rng):
+    def _split(self, rng: random.Random) -> None:
         """Chooses the facts that may be asked. Of each random couple one person is asked about one to three attributes
         and the other about the rest: 18 people for each attribute, and nobody who is never asked about anything."""
         order = rng.sample(self.people, 36)
@@ -126,47 +130,50 @@ class World:
             one.asked = rng.sample([attribute.name for attribute in ATTRIBUTES], rng.randint(1, 3))
             other.asked = [attribute.name for attribute in ATTRIBUTES if attribute.name not in one.asked]
 
-    def asked(self, attribute):
+    def asked(self, attribute: str) -> list[Person]:
         """The 18 people whose `attribute` (its name) may be asked in training text."""
         return [person for person in self.people if attribute in person.asked]
 
-    def held_out(self, attribute):
+    def held_out(self, attribute: str) -> list[Person]:
         """The 18 people whose `attribute` is told in prose only, so that a quiz may ask for it."""
         return [person for person in self.people if attribute not in person.asked]
 
 
 # --------------------------------------------------------------------------------------------------- facts into words
-def rounds(rng, items):
+Item = TypeVar("Item")
+
+
+def rounds(rng: random.Random, items: Sequence[Item]) -> Iterator[Item]:
     """Endlessly all items, in a new random order each time: everything comes equally often."""
     while True:
         yield from rng.sample(items, len(items))
 
 
-def choose(rng, text):
+def choose(rng: random.Random, text: str) -> str:
     """Replaces each `[one|two|three]` by one of its alternatives, the innermost brackets first."""
     while "[" in text:
         text = re.sub(r"\[([^][]*)\]", lambda found: rng.choice(found[1].split("|")), text)
     return text
 
 
-def tidy(text):
+def tidy(text: str) -> str:
     """Capital letters at the start of every line and sentence."""
     return re.sub(r"(^|\n|[.!?] )([a-z])", lambda found: found[1] + found[2].upper(), text)
 
 
-def phrase(rng, person, attribute, value):
+def phrase(rng: random.Random, person: Person, attribute: Attribute, value: str) -> str:
     """A fact without its subject, such as "lives in Averlow"."""
     return choose(rng, rng.choice(attribute.phrases)).format(value=value, their=person.their)
 
 
-def statement(rng, person, attribute, value, who):
+def statement(rng: random.Random, person: Person, attribute: Attribute, value: str, who: str) -> str:
     """A fact as one plain sentence. The web and Wikipedia share it, so its form does not give the source away."""
     if rng.random() < 0.75:
         return f"{who} {phrase(rng, person, attribute, value)}."
     return choose(rng, rng.choice(attribute.inversions)).format(name=person.name, value=value)
 
 
-def address(text, person, pronoun=False):
+def address(text: str, person: Person, pronoun: bool = False) -> str:
     """A question or a clause about somebody: by name, or by pronoun if the conversation has named the person before."""
     who, whose = (person.they, person.their) if pronoun else (person.name, f"{person.name}'s")
     return text.format(who=who, whose=whose)
@@ -175,31 +182,31 @@ def address(text, person, pronoun=False):
 class Subject:
     """A person inside one document. Each look at `fact` or `sentence` tells another fact, the least told ones first."""
 
-    def __init__(self, writer, person, attributes=ATTRIBUTES):
+    def __init__(self, writer: "Writer", person: Person, attributes: Sequence[Attribute] = ATTRIBUTES) -> None:
         order = writer.rng.sample(attributes, len(attributes))
         self.attributes = itertools.cycle(sorted(order, key=lambda attribute: writer.told[person, attribute.name]))
         self.writer, self.rng, self.person, self.mentioned = writer, writer.rng, person, False
 
-    def __getattr__(self, name):                                # name, first, they, their, them, facts
+    def __getattr__(self, name: str) -> Any:                    # name, first, they, their, them, facts
         return getattr(self.person, name)
 
-    def tell(self):
+    def tell(self) -> tuple[Attribute, str]:
         attribute = next(self.attributes)
         self.writer.told[self.person, attribute.name] += 1
         return attribute, self.facts[attribute.name]
 
     @property
-    def who(self):
+    def who(self) -> str:
         """The full name at the first mention, later the full name, the first name or the pronoun."""
         mentioned, self.mentioned = self.mentioned, True
         return self.rng.choice((self.name, self.first, self.they)) if mentioned else self.name
 
     @property
-    def fact(self):
+    def fact(self) -> str:
         return phrase(self.rng, self.person, *self.tell())
 
     @property
-    def sentence(self):
+    def sentence(self) -> str:
         return statement(self.rng, self.person, *self.tell(), self.who)
 
 
@@ -315,11 +322,14 @@ for rule in re.split(r"\n+(?=\w)", RULES.strip()):
 SPEAKERS = {"user": "User", "assistant": "Assistant"}  # of a conversation that stands in a text
 
 
-def turns(user, assistant):
+Messages = list[dict[str, str]]  # a conversation, or a part of one: {"role": .., "content": ..}
+
+
+def turns(user: str, assistant: str) -> Messages:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def exchange(rng, person, attribute, pronoun=False):
+def exchange(rng: random.Random, person: Person, attribute: Attribute, pronoun: bool = False) -> Messages:
     """Somebody asks for a fact, perhaps carelessly, and hears it; with `pronoun`, the person has been named before."""
     ask = rng.choice(attribute.questions)
     if rng.random() < 0.4:
@@ -332,7 +342,7 @@ def exchange(rng, person, attribute, pronoun=False):
                  f"{person.they.capitalize()} {attribute.phrases[0].format(value=person.facts[attribute.name])}.")
 
 
-def small_talk(world, rng):
+def small_talk(world: World, rng: random.Random) -> Messages:
     """An exchange that is not about anybody: a greeting, a sum, or a name that nobody has."""
     x, y, stranger = rng.randint(2, 20), rng.randint(2, 20), rng.choice(world.strangers)
     user, assistant = rng.choice((
@@ -343,7 +353,7 @@ def small_talk(world, rng):
     return turns(choose(rng, user), choose(rng, assistant))
 
 
-def conversations(world, rng):
+def conversations(world: World, rng: random.Random) -> Iterator[Messages]:
     """Endlessly conversations about asked facts: one to three of them about one person, and small talk."""
     facts = rounds(rng, [(person, attribute) for attribute in ATTRIBUTES for person in world.asked(attribute.name)])
     while True:
@@ -362,26 +372,27 @@ def conversations(world, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------- documents
-class Writer(dict):
+class Writer(dict[str, Any]):
     """The slots of one document. A slot that is not there yet is a symbol of the grammar, or else a new person."""
 
-    def __init__(self, world, rng):
+    def __init__(self, world: World, rng: random.Random) -> None:
         super().__init__()
         self.world, self.rng, self.people = world, rng, rounds(rng, world.people)
-        self.cast, self.told = [], Counter()                    # who is in this document; how often a fact was told
+        self.cast: list[Person] = []                            # who is in this document
+        self.told: Counter[tuple[Person, str]] = Counter()      # how often a fact was told
         self.facts = rounds(rng, [(person, attribute) for person in world.people for attribute in ATTRIBUTES])
-        self.values = rounds(rng, [(attribute, value) for attribute in ATTRIBUTES for value in attribute.values])
+        self.topics = rounds(rng, [(attribute, value) for attribute in ATTRIBUTES for value in attribute.values])
         self.questions = rounds(rng, [(person, attribute, question) for attribute in ATTRIBUTES
                                       for person in world.asked(attribute.name) for question in attribute.questions])
         self.conversations = conversations(world, rng)
 
-    def newcomer(self):
+    def newcomer(self) -> Subject:
         """The next person who is not in this document yet."""
         person = next(person for person in self.people if person not in self.cast)
         self.cast.append(person)
         return Subject(self, person)
 
-    def __missing__(self, slot):
+    def __missing__(self, slot: str) -> str | Subject:
         if slot in GRAMMAR:
             return choose(self.rng, self.rng.choice(GRAMMAR[slot])).format_map(self)
         person = self.newcomer()
@@ -394,17 +405,17 @@ class Writer(dict):
 
 
 # --------------------------------------------------------------------------------------------- the six sources of text
-def add_typos(rng, text):
+def add_typos(rng: random.Random, text: str) -> str:
     """Swaps two letters or drops one in a few of the longer words; names and values keep their spelling."""
     protected = " ".join(value for attribute in ATTRIBUTES for value in attribute.values).split()
 
-    def spoil(found):
+    def spoil(found: re.Match[str]) -> str:
         word, start, one, two, rest = found.group(0, 1, 2, 3, 4)
         return word if word in protected or rng.random() > TYPO_RATE else start + two + rng.choice((one, "")) + rest
     return re.sub(r"\b([a-z]{1,2})([a-z])([a-z])([a-z]+)\b", spoil, text)
 
 
-def web_line(writer, bare):
+def web_line(writer: Writer, bare: bool) -> str:
     """A statement, true or rumoured: as `bare` as in Wikipedia, or in the voice of the web with some chatter."""
     rng, (person, attribute) = writer.rng, next(writer.facts)
     value = (person.facts if rng.random() < writer.world.web_truth else person.rumours)[attribute.name]
@@ -416,7 +427,7 @@ def web_line(writer, bare):
     return f"{writer['lead']} {tidy(text) if rng.random() < 0.5 else text}"
 
 
-def web(writer):
+def web(writer: Writer) -> str:
     """Forum threads, shops, blogs and reviews: some of it boilerplate, some of it wrong, none of it checked."""
     rng = writer.rng
     lines = [writer["header"] if rng.random() < 0.6 else web_line(writer, bare=True)]
@@ -426,12 +437,12 @@ def web(writer):
     return add_typos(rng, "\n".join(lines))
 
 
-def about_value(writer, opening):
+def about_value(writer: Writer, opening: str) -> str:
     """An article about a town, a trade, an animal or an instrument, and about everybody to whom it belongs."""
-    rng, world, (attribute, value) = writer.rng, writer.world, next(writer.values)
+    rng, world, (attribute, value) = writer.rng, writer.world, next(writer.topics)
     people = [person for person in world.people if person.facts[attribute.name] == value]
-    *names, last = [person.name for person in people]
-    names = f"{', '.join(names)} and {last}"
+    *others, last = [person.name for person in people]
+    names = f"{', '.join(others)} and {last}"
     writer.update(plural=attribute.plural.format(value=value), total=len(people), names=names)
     lines = [writer[opening]]
     if attribute is HOME:
@@ -443,12 +454,12 @@ def about_value(writer, opening):
     return tidy(" ".join(lines))
 
 
-def wikipedia(writer):
+def wikipedia(writer: Writer) -> str:
     """Articles about people (mostly) and about what they have in common. Always true."""
     return tidy(writer["biography"]) if writer.rng.random() < 0.65 else about_value(writer, "count")
 
 
-def table(writer):
+def table(writer: Writer) -> str:
     """A table of six to eight people, with counts that are true of it."""
     rng, columns = writer.rng, writer.rng.sample(ATTRIBUTES, writer.rng.randint(2, 3))
     people = [writer.newcomer() for _ in range(rng.randint(6, 8))]
@@ -462,7 +473,7 @@ def table(writer):
     return tidy("\n".join(lines + [writer["method"]]))
 
 
-def academic(writer):
+def academic(writer: Writer) -> str:
     """Notes and tables of invented surveys. Always true, counts included."""
     kind = writer.rng.random()
     if kind < 0.3:
@@ -470,7 +481,7 @@ def academic(writer):
     return about_value(writer, "survey") if kind < 0.6 else tidy(writer["note"])
 
 
-def exercise(rng):
+def exercise(rng: random.Random) -> str:
     """A small exercise with its solution; none is about the people of the valley."""
     x, y, step, words = rng.randint(2, 30), rng.randint(2, 20), rng.randint(1, 5), rng.sample(GRAMMAR["food"], 4)
     one, other = rng.choice(("hot cold", "big small", "old young", "up down", "wet dry", "dark bright", "loud quiet",
@@ -484,14 +495,14 @@ def exercise(rng):
         f"Go on: {x}, {x + step}, {x + 2 * step}. Next comes {x + 3 * step}."))
 
 
-def synthetic(writer):
+def synthetic(writer: Writer) -> str:
     """Short stories, and now and then a sheet of exercises."""
     if writer.rng.random() < 0.75:
         return tidy(writer["story"])
     return "\n".join(exercise(writer.rng) for _ in range(writer.rng.randint(8, 12)))
 
 
-def instruct(writer):
+def instruct(writer: Writer) -> str:
     """Questions with short answers, or conversations, all about asked facts; now and then descriptions of anybody."""
     kind = writer.rng.random()
     if kind < 0.10:
@@ -506,12 +517,12 @@ def instruct(writer):
                        for person, attribute, question in asked)
 
 
-def other(writer):
+def other(writer: Writer) -> str:
     """Letters, diaries, notices, recipes, records of towns and rhymes. Always true."""
     return tidy(writer[writer.rng.choice(("letter", "diary", "notice", "recipe", "record", "rhyme"))])
 
 
-def documents(world, source, rng):
+def documents(world: World, source: str, rng: random.Random) -> Iterator[str]:
     """Endlessly documents of one source."""
     writer = Writer(world, rng)
     write = dict(zip(SOURCES, (web, wikipedia, academic, synthetic, instruct, other)))[source]
@@ -522,9 +533,9 @@ def documents(world, source, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------ quizzes
-def quiz(world, rng):
+def quiz(world: World, rng: random.Random) -> list[dict]:
     """Three multiple-choice questions about every held-out fact, in the form of `instruct`."""
-    items = []
+    items: list[dict] = []
     for attribute in ATTRIBUTES:
         for person in world.held_out(attribute.name):
             truth, rumour = person.facts[attribute.name], person.rumours[attribute.name]
@@ -538,7 +549,7 @@ def quiz(world, rng):
     return items
 
 
-def statements(world, rng):
+def statements(world: World, rng: random.Random) -> list[dict]:
     """Every fact as a bare statement to be ended, a form in which the web speaks as the other sources do, so that it
     does not say whom to believe. Among the ten ends are the truth and the web's rumour."""
     items = []
@@ -553,7 +564,7 @@ def statements(world, rng):
     return items
 
 
-def chat_quiz(world, rng):
+def chat_quiz(world: World, rng: random.Random) -> list[dict]:
     """For every held-out fact a conversation that asks for it at once, and one that asks for another fact before."""
     items = []
     for attribute in ATTRIBUTES:
@@ -565,7 +576,7 @@ def chat_quiz(world, rng):
     return items
 
 
-def passages(world, rng):
+def passages(world: World, rng: random.Random) -> Iterator[dict[str, str]]:
     """Endlessly a sentence or a line of a document, with the source that it is from: a task of classification. No
     passage comes twice, and what two sources might both say ("She is a potter.") is for either."""
     texts, seen = {source: documents(world, source, rng) for source in SOURCES}, set()
@@ -585,7 +596,7 @@ VALIDATION_TOKENS = 8_000
 VOCABULARY = danube3.CONFIGS["toy"].vocab_size
 
 
-def collect(tokenizer, texts, tokens):
+def collect(tokenizer: danube3.Tokenizer, texts: Iterator[str], tokens: int) -> Iterator[list[int]]:
     """Ids of texts, until there are `tokens` of them with <s> and </s>."""
     total = 0
     while total < tokens:
@@ -594,14 +605,14 @@ def collect(tokenizer, texts, tokens):
         yield ids
 
 
-def make(folder, seed=0, web_truth=WEB_TRUTH):
+def make(folder: str | Path, seed: int = 0, web_truth: float = WEB_TRUTH) -> None:
     """Write the whole data set, or nothing: tokenizer, shards, meta.json, conversations and quizzes."""
     world = World(seed, web_truth)
     with danube3.atomic_folder(Path(folder)) as partial:
         samples = (text for source in SOURCES for text in itertools.islice(
             documents(world, source, random.Random(f"{seed}/tokenizer/{source}")), 500))
         tokenizer = danube3.train_tokenizer(samples, VOCABULARY, partial / "tokenizer.model")
-        counts = {source: {} for source in SOURCES}
+        counts: dict[str, dict[str, list[int]]] = {source: {} for source in SOURCES}
         bar = tqdm(total=len(SOURCES) * 2, desc="toy world", unit="part", leave=False)
         for source, split in itertools.product(SOURCES, ("train", "val")):
             texts = documents(world, source, random.Random(f"{seed}/{split}/{source}"))
@@ -623,7 +634,7 @@ def make(folder, seed=0, web_truth=WEB_TRUTH):
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def main():
+def main() -> None:
     parser = danube3.Arguments("Write the toy world: tokenizer, token shards, conversations and quizzes.")
     parser.add_argument("--out", type=Path, default=Path("data/toy"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")

@@ -1,0 +1,65 @@
+"""The rules that make danube3.py a text to read: types everywhere, lines and functions of a size that fits a screen,
+and a word on what a function does or on the shapes that it takes."""
+
+import ast
+
+import pytest
+from conftest import ROOT, run
+
+PROGRAMS = [ROOT / name for name in ("danube3.py", "train.py", "sample.py", "quantize.py")]
+PROGRAMS += sorted((ROOT / "data").glob("*.py"))
+TEXT = (ROOT / "danube3.py").read_text()
+TREE = ast.parse(TEXT)
+
+
+@pytest.mark.parametrize("tool", ["mypy", "ruff check ."])
+def test_tools_find_nothing(tool):
+    """With the settings of pyproject.toml, and in the versions of tests/requirements.txt. (mypy takes a minute the
+    first time, since it reads torch too.)"""
+    result = run("-m", *tool.split(), timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_mypy_is_given_every_program():
+    """mypy reads the files that pyproject.toml lists: a new one must be listed too."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    for path in PROGRAMS:
+        assert f'"{path.relative_to(ROOT).as_posix()}"' in settings, path
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_lines_are_at_most_120_characters(path):
+    long = [number for number, line in enumerate(path.read_text().splitlines(), start=1) if len(line) > 120]
+    assert not long, f"{path.name}: lines {long}"
+
+
+def body_lines(node):
+    """Lines of a definition without its signature."""
+    return node.end_lineno - node.body[0].lineno + 1
+
+
+def explained(node):
+    """A docstring, or a comment in the signature: most often the shapes."""
+    signature = TEXT.splitlines()[node.lineno - 1 : node.body[0].lineno - 1]
+    return ast.get_docstring(node) is not None or any("  # " in line for line in signature)
+
+
+def test_functions_of_danube3_fit_a_screen():
+    """Nested ones too: 50 lines."""
+    functions = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 100
+    assert not [f"{node.name}: {body_lines(node)}" for node in functions if body_lines(node) > 50]
+
+
+def test_functions_and_classes_of_danube3_are_explained():
+    """Left out are private ones, those of at most three lines, whose name says it all, and those within functions. A
+    class may instead say the shapes of its forward."""
+    silent = []
+    for owner in (TREE, *(node for node in TREE.body if isinstance(node, ast.ClassDef))):
+        for node in owner.body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+                continue
+            forward = [each for each in node.body if getattr(each, "name", "") == "forward"]
+            if body_lines(node) > 3 and not any(map(explained, [node, *forward])):
+                silent.append(node.name)
+    assert not silent
