@@ -1488,6 +1488,8 @@ class Run:
             options = state_dict.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen stays as it is
             state_dict.set_model_state_dict(self.model, weights, options=options)
             state_dict.set_optimizer_state_dict(self.model, self.optimizer, trainer["optimizer"], options=options)
+            for group in self.optimizer.param_groups:  # a list now, which would be written as other bytes
+                group["betas"] = tuple(group["betas"])
             if trainer["scaler"]:  # nothing, where the checkpoint comes from a machine that needed no loss scale
                 self.scaler.load_state_dict(trainer["scaler"])
             self.step, self.tokens, self.skipped = (int(trainer[name]) for name in ("step", "tokens", "skipped"))
