@@ -2663,7 +2663,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         if not isinstance(base, str) or not Path(base).is_dir():
             raise DanubeError(f"{folder} holds adapters to {base}, which is no folder here: put that folder back")
         made_for = folder / "base.sha256"
-        if made_for.is_file() and made_for.read_text().strip() != weights_sha256(find_checkpoint(base)):
+        if made_for.is_file() and made_for.read_text(errors="replace").strip() != weights_sha256(find_checkpoint(base)):
             raise DanubeError(f"{folder} holds adapters to what was once in {base}; other weights are there now: put "
                               "the old ones back")
         model, tokenizer = load_checkpoint(base, device, dtype, pack)
