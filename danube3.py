@@ -62,6 +62,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as compute_again
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
+
 
 class DanubeError(Exception):
     """A mistake that the person at the keyboard can mend. Its text is one line: the cause, then the remedy."""
@@ -813,24 +818,61 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def lock(handle: int, path: Path) -> None:
+    """Refuse an open file or folder that another program has locked. The lock ends with the last process that holds
+    the handle, by itself or from the one that forked it, however those end."""
+    for _ in range(40 if fcntl else 0):  # two seconds: the workers of a program that was killed take a moment to go
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return
+    if fcntl:
+        raise DanubeError(f"{path} is in use by another program: wait for its end, or choose another place")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Have a file or folder for oneself."""
+    handle = os.open(path if fcntl else os.devnull, os.O_RDONLY)
+    try:
+        lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_digests(folder: Path) -> None:
+    """List the digests of a folder's files, and wait until all of it is on the disk."""
+    files = sorted(path for path in folder.iterdir() if path.name != DIGESTS)
+    (folder / DIGESTS).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
+    for path in [*files, folder / DIGESTS, folder]:
+        sync(path)
+
+
+def remove_all(folder: Path) -> None:
+    """Empty a folder, which stays, with its lock."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into; on success it gets its digests and becomes `folder`, on failure it goes."""
     if folder.exists():
         raise DanubeError(f"{folder} already exists: remove it first, or choose another place")
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        files = sorted(partial.iterdir())
-        (partial / DIGESTS).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
-        for path in [*files, partial / DIGESTS, partial]:
-            sync(path)
-        partial.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        try:
+            remove_all(partial)
+            yield partial
+            write_digests(partial)
+            partial.rename(folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def verify_digests(folder: Path) -> None:
@@ -1452,11 +1494,15 @@ class Run:
         self.compare_processes()
         if (out / "config.json").exists():
             raise DanubeError(f"{out} is a checkpoint, not a run folder: choose another --out")
-        if resume:
-            self.restore()
-        elif checkpoints_in(out):
+        if resume and not checkpoints_in(out):
+            raise DanubeError(f"nothing to resume: {out} holds no complete checkpoint; leave --resume out")
+        if not resume and checkpoints_in(out):
             raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
         self.log = open(os.devnull, "w") if processes()[0] else self.open_log()  # only the first process writes
+        if resume:
+            self.restore()
+        if processes()[0] == 0:
+            self.forget_later_steps()
 
     def compare_processes(self) -> None:
         """All processes must train the same thing, from the same checkpoint."""
@@ -1472,9 +1518,7 @@ class Run:
     def restore(self) -> None:
         """Put the newest checkpoint into model and optimizer, however many processes wrote it, or read it now."""
         from torch.distributed.checkpoint import state_dict
-        if not (checkpoints := checkpoints_in(self.out)):
-            raise DanubeError(f"nothing to resume: {self.out} holds no complete checkpoint; leave --resume out")
-        folder = checkpoints[-1]
+        folder = checkpoints_in(self.out)[-1]
         if processes()[0] == 0:
             verify_digests(folder)
         wait_for_all()
@@ -1511,23 +1555,27 @@ class Run:
                                       "and the data of the first run, or choose another --out")
 
     def open_log(self) -> TextIO:
-        """metrics.jsonl without what a resumed run will do again: lines after its step, and the evaluation at it."""
+        """metrics.jsonl, which also keeps other runs away: as long as it is open, it is locked."""
         self.out.mkdir(parents=True, exist_ok=True)
+        log = open(self.out / "metrics.jsonl", "a")
+        lock(log.fileno(), self.out)
+        return log
+
+    def forget_later_steps(self) -> None:
+        """Cut off metrics.jsonl before what a resumed run will do again: lines after its step, and the evaluation at
+        it. They stand in the order of the steps, so nothing behind the first of them is to be kept."""
         for leftover in self.out.glob("step-*.partial"):  # of a run killed while it wrote or removed a checkpoint
             shutil.rmtree(leftover)
-        path, partial = self.out / "metrics.jsonl", self.out / "metrics.jsonl.partial"
-        kept = []
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() and self.step else []
-        for line in lines:
+        length = 0
+        for line in (self.out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
             try:
                 entry = json.loads(line)
-                if entry["step"] < self.step or entry["step"] == self.step and "val_loss" not in entry:
-                    kept.append(line.rstrip("\n") + "\n")
+                if not self.step or entry["step"] > self.step or entry["step"] == self.step and "val_loss" in entry:
+                    break
             except (ValueError, KeyError, TypeError):  # a line that a kill cut short
                 break
-        partial.write_text("".join(kept))
-        partial.replace(path)
-        return open(path, "a")
+            length += len(line) + 1
+        self.log.truncate(length)
 
     def write(self, **entry: object) -> None:
         self.log.write(json.dumps(entry) + "\n")
@@ -1605,7 +1653,7 @@ def train(run: Run) -> bool:
         f"{ranks} x {run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
     bar = tqdm(total=recipe.total_steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05,
                mininterval=0.2 if sys.stderr.isatty() else 10, disable=rank > 0)
-    with bar, interruptible() as requests, ThreadPoolExecutor(1) as reader:
+    with run.log, bar, interruptible() as requests, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(run.batch, run.step)
         while True:
             if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
@@ -2597,18 +2645,20 @@ def write_gguf(source: Path, path: Path) -> None:
     for name, values, kind in gguf_tensors(source, config):
         raw_dtype = gguf.GGMLQuantizationType[kind]
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=raw_dtype)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
-        for _, values, _ in tensors:
-            writer.write_tensor_data(values)
-        writer.close()
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial.touch()
+    with locked(partial):
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
+            for _, values, _ in tensors:
+                writer.write_tensor_data(values)
+            writer.close()
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def describe_for_gguf(writer: "gguf.GGUFWriter", config: DanubeConfig, tokenizer: Tokenizer,  # noqa: F821

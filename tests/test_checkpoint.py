@@ -294,6 +294,7 @@ def test_metrics_that_were_damaged(line, tmp_path, tokenizer):
     run.write(step=1, loss=2.0)
     run.step = 2
     run.save()
+    run.log.close()
     with open(out / "metrics.jsonl", "a", errors="surrogateescape") as file:
         file.write(f"{line}\n" if line != '{"step": 1, "lo' else line)
     danube3.Run(out, model, tokenizer, NoData(), resume=True).write(step=3, loss=1.0)
@@ -305,6 +306,7 @@ def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
     run = danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=False)
     run.step = 1
     run.save()
+    run.log.close()
     danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=True)
     state = torch.load(tmp_path / "whole" / "step-0000001" / "trainer.pt", weights_only=True)
     danube3.save_checkpoint(tmp_path / "run" / "step-0000001", run.model, tokenizer, {**state, **change})
