@@ -1107,7 +1107,7 @@ def write_shards(folder: Path, source: str, split: str, documents: Iterable[list
     shard: list[int] = []
 
     def flush() -> None:
-        np.array(shard, dtype="<u2").tofile(folder / f"{source}-{split}-{len(counts):05d}.bin")
+        (folder / f"{source}-{split}-{len(counts):05d}.bin").write_bytes(np.array(shard, dtype="<u2").tobytes())
         counts.append(len(shard))
         shard.clear()
 
@@ -2652,8 +2652,11 @@ def write_gguf(source: Path, path: Path) -> None:
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
-            for _, values, _ in tensors:
-                writer.write_tensor_data(values)
+            for _, values, _ in tensors:  # not by write_tensor_data: numpy's tofile says nothing when the disk is full
+                file = writer.fout[0]
+                writer.write_padding(file, file.tell())
+                file.write(values.tobytes())
+                writer.write_padding(file, values.nbytes)
             writer.close()
             sync(partial)
             partial.replace(path)
