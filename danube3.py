@@ -1019,7 +1019,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for key in file.keys():
-                yield key, file.get_tensor(key)
+                tensor = file.get_tensor(key)
+                if tensor.dtype in DTYPES.values() and not tensor.isfinite().all():
+                    raise DanubeError(f"{path}: {key} holds values that are not finite: take an earlier checkpoint")
+                yield key, tensor
     except (safetensors.SafetensorError, OSError) as error:
         raise DanubeError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
@@ -1603,6 +1606,9 @@ class Run:
         if dtype != torch.float32 or len(self.trained_weights()) < len(self.model.state_dict()):
             trainer["master_weights"] = weights  # the folder has them in another type, or only some of them
         if processes()[0] == 0:
+            if not all(weight.isfinite().all() for weight in weights.values()):
+                raise DanubeError(f"the weights are not finite after step {self.step}; the last checkpoint, if any, is "
+                                  f"kept in {self.out}: try a lower --learning-rate and another --out")
             os.fsync(self.log.fileno())
             folder = self.out / f"step-{self.step:07d}"
             self.write_model(folder, self.model, self.tokenizer, trainer, dtype, weights)
