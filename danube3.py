@@ -2917,8 +2917,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except DanubeError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}): train with a smaller "
+    except (RuntimeError, MemoryError) as error:  # PyTorch has an OutOfMemoryError for GPUs only
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "you tried to allocate" not in str(error):
+            raise
+        reason, *_ = str(error).split("\n")
+        print(f"error: out of memory ({reason}): train with a smaller "
               "--micro-batch-size or --recompute on, or give a shorter text", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
