@@ -2130,7 +2130,8 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     log-likelihood (acc, with its standard error), by that over the number of characters, which does not favour short
     choices (acc_norm), and by guessing. The names are lm-evaluation-harness's, and so are the definitions."""
     for number, question in enumerate(questions, start=1):
-        if question.get("answer") not in range(len(question.get("choices") or ())):
+        choices = question.get("choices")
+        if not isinstance(choices, list) or question.get("answer") not in range(len(choices)):
             raise DanubeError(f'question {number} lacks an "answer", the index of the right one of its "choices"')
     right = []  # by sum, by character
     for question, scores in zip(questions, choice_scores(model, tokenizer, questions)):
