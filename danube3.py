@@ -1050,6 +1050,9 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     if tokenizer.vocab_size > config.vocab_size:
         raise DanubeError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model only "
                           f"{config.vocab_size}: copy the tokenizer that belongs to it")
+    if (tokenizer.pieces.bos_id(), tokenizer.pieces.eos_id()) != (config.bos_token_id, config.eos_token_id):
+        raise DanubeError(f"{folder}: tokenizer.model has other ids for <s> and </s> than config.json: copy the "
+                          "tokenizer that belongs to it")
     return tokenizer
 
 
