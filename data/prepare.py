@@ -531,6 +531,7 @@ def prepare(sources: list[Source], args: argparse.Namespace) -> None:
             if not (partial / "meta.json").is_file():
                 write_all(partial, sources, found, args)
             shutil.rmtree(partial / "spool", ignore_errors=True)
+            danube3.write_digests(partial)
             partial.rename(args.out)
             danube3.sync(args.out.parent)
     except KeyboardInterrupt as error:
