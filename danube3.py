@@ -1906,6 +1906,8 @@ class ChatData:
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: DanubeConfig, epochs: int = 1,
                  batch_size: int = CHAT_ROWS, lora: bool = False, fold_system: bool = False) -> None:
+        if epochs > MAX_REPEATS:
+            raise DanubeError(f"--epochs {epochs:,}: more than {MAX_REPEATS} teach nothing: lower it")
         rows, self.summary = read_conversations(path, tokenizer, config.max_position_embeddings, fold_system)
         held_out = min(256, math.ceil(VALIDATION_CHATS * len(rows)))
         if len(rows) == held_out:
