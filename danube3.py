@@ -106,7 +106,8 @@ class DanubeConfig:
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
                 kind = "an integer" if integer else "a number"
                 raise DanubeError(f"config: {field.name} is {value!r}: give it {kind}")
-            if not 0 <= value < 2 ** 62 or value == 0 and not field.name.endswith("_token_id"):
+            limit = 2 ** 62 if not integer else 2 ** 10 if field.name == "num_hidden_layers" else 2 ** 24
+            if not 0 <= value < limit or value == 0 and not field.name.endswith("_token_id"):
                 raise DanubeError(f"config: {field.name} is {value}: it must be positive, and a size that exists")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DanubeError(f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
