@@ -1516,6 +1516,7 @@ class Run:
         if resume:
             self.restore()
         if processes()[0] == 0:
+            self.remove_old_checkpoints()
             self.forget_later_steps()
 
     def compare_processes(self) -> None:
@@ -1578,8 +1579,6 @@ class Run:
     def forget_later_steps(self) -> None:
         """Cut off metrics.jsonl before what a resumed run will do again: lines after its step, and the evaluation at
         it. They stand in the order of the steps, so nothing behind the first of them is to be kept."""
-        for leftover in self.out.glob("step-*.partial"):  # of a run killed while it wrote or removed a checkpoint
-            shutil.rmtree(leftover)
         length = 0
         for line in (self.out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
             try:
@@ -1590,6 +1589,13 @@ class Run:
                 break
             length += len(line) + 1
         self.log.truncate(length)
+
+    def remove_old_checkpoints(self) -> None:
+        """All but the newest, and what a kill left of one that was being written or removed."""
+        for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
+            old.rename(old.with_name(f"{old.name}.partial"))
+        for leftover in self.out.glob("step-*.partial"):
+            shutil.rmtree(leftover)
 
     def write(self, **entry: object) -> None:
         self.log.write(json.dumps(entry) + "\n")
@@ -1623,8 +1629,7 @@ class Run:
             os.fsync(self.log.fileno())
             folder = self.out / f"step-{self.step:07d}"
             self.write_model(folder, self.model, self.tokenizer, trainer, dtype, weights)
-            for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
-                shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+            self.remove_old_checkpoints()
         self.saved = self.step
         wait_for_all()
 
