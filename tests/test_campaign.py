@@ -24,7 +24,7 @@ def broken(self, *args):
     world(self, *args)
     danube3.atomic_folder = in_place
 campaign.World.__init__ = broken
-campaign.ALL["kills"] = (lambda world, count: campaign.kills(world, 6, ["quantize"]), 1, 1)
+campaign.ALL["kills"] = (lambda world, count: campaign.kills(world, 4, ["quantize"]), 1, 1)
 sys.argv = ["campaign.py", "kills"]
 sys.exit(campaign.main())
 """
@@ -41,9 +41,9 @@ def test_nothing_is_lost(tmp_path):
     result = run("tests/campaign.py", "--quick", "--out", tmp_path / "table.md", env={"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stdout + result.stderr[-2_000:]
     rows = rows_of(result.stdout)
-    assert len(rows) > 25 and all(lost == "nothing" for _, lost in rows.values())
+    assert len(rows) > 20 and all(lost == "nothing" for _, lost in rows.values())
     tried = [what for what, (times, _) in rows.items() if times]
-    for words in ("toy training", "prepare.py", "GGUF export", "hostile pickle", "the disk full|a file too large",
+    for words in ("toy training", "prepare.py", "quantize.py", "hostile pickle", "the disk full|a file too large",
                   "two at once", "out of memory", "nan among the weights", "any header", "memory"):
         assert any(re.search(words, what) for what in tried), words
     assert (tmp_path / "table.md").read_text().strip() in result.stdout
