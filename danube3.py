@@ -62,6 +62,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as compute_again
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
 
 class DanubeError(Exception):
     """A mistake that the person at the keyboard can mend. Its text is one line: the cause, then the remedy."""
@@ -101,7 +106,8 @@ class DanubeConfig:
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
                 kind = "an integer" if integer else "a number"
                 raise DanubeError(f"config: {field.name} is {value!r}: give it {kind}")
-            if not 0 <= value < 2 ** 62 or value == 0 and not field.name.endswith("_token_id"):
+            limit = 2 ** 62 if not integer else 2 ** 10 if field.name == "num_hidden_layers" else 2 ** 24
+            if not 0 <= value < limit or value == 0 and not field.name.endswith("_token_id"):
                 raise DanubeError(f"config: {field.name} is {value}: it must be positive, and a size that exists")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DanubeError(f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
@@ -813,35 +819,75 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def lock(handle: int, path: Path) -> None:
+    """Refuse an open file or folder that another program has locked. The lock ends with the last process that holds
+    the handle, by itself or from the one that forked it, however those end."""
+    for _ in range(40 if fcntl else 0):  # two seconds: the workers of a program that was killed take a moment to go
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return
+    if fcntl:
+        raise DanubeError(f"{path} is in use by another program: wait for its end, or choose another place")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Have a file or folder for oneself."""
+    handle = os.open(path if fcntl else os.devnull, os.O_RDONLY)
+    try:
+        lock(handle, path)
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_digests(folder: Path) -> None:
+    """List the digests of a folder's files, and wait until all of it is on the disk."""
+    files = sorted(path for path in folder.iterdir() if path.name != DIGESTS)
+    (folder / DIGESTS).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
+    for path in [*files, folder / DIGESTS, folder]:
+        sync(path)
+
+
+def remove_all(folder: Path) -> None:
+    """Empty a folder, which stays, with its lock."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into; on success it gets its digests and becomes `folder`, on failure it goes."""
     if folder.exists():
         raise DanubeError(f"{folder} already exists: remove it first, or choose another place")
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        files = sorted(partial.iterdir())
-        (partial / DIGESTS).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
-        for path in [*files, partial / DIGESTS, partial]:
-            sync(path)
-        partial.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    with locked(partial):
+        try:
+            remove_all(partial)
+            yield partial
+            write_digests(partial)
+            partial.rename(folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def verify_digests(folder: Path) -> None:
-    """Compare a folder's files with its list of digests, where it has one (downloaded folders have none)."""
+def verify_digests(folder: Path, largest: float = math.inf) -> None:
+    """Compare a folder's files, those of at most `largest` bytes, with its list of digests, where it has one
+    (downloaded folders have none). Questions and conversations (.jsonl) are there to be edited."""
     if not (folder / DIGESTS).is_file():
         return
     for line in (folder / DIGESTS).read_text(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
+        if name.endswith(".jsonl"):
+            continue
         if not (folder / name).is_file():
             raise DanubeError(f"{folder / name} is missing: copy the folder again, or remove it")
-        if file_sha256(folder / name) != digest:
+        if (folder / name).stat().st_size <= largest and file_sha256(folder / name) != digest:
             raise DanubeError(f"{folder / name} is damaged (its SHA-256 is not the one in {DIGESTS}): copy the folder "
                               "again, or remove it")
 
@@ -972,6 +1018,11 @@ def find_checkpoint(path: str | Path) -> Path:
     return checkpoints[-1]
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. The smallest and the largest tell, ten times as fast: NaN, if any, is both."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one safetensors file, one by one."""
     if not path.is_file():
@@ -979,7 +1030,10 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for key in file.keys():
-                yield key, file.get_tensor(key)
+                tensor = file.get_tensor(key)
+                if tensor.dtype in DTYPES.values() and not is_finite(tensor):
+                    raise DanubeError(f"{path}: {key} holds values that are not finite: take an earlier checkpoint")
+                yield key, tensor
     except (safetensors.SafetensorError, OSError) as error:
         raise DanubeError(f"{path} is damaged or cut short ({error}): copy it again") from error
 
@@ -1007,6 +1061,9 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     if tokenizer.vocab_size > config.vocab_size:
         raise DanubeError(f"{folder}: tokenizer.model has {tokenizer.vocab_size} pieces, the model only "
                           f"{config.vocab_size}: copy the tokenizer that belongs to it")
+    if (tokenizer.pieces.bos_id(), tokenizer.pieces.eos_id()) != (config.bos_token_id, config.eos_token_id):
+        raise DanubeError(f"{folder}: tokenizer.model has other ids for <s> and </s> than config.json: copy the "
+                          "tokenizer that belongs to it")
     return tokenizer
 
 
@@ -1067,7 +1124,7 @@ def write_shards(folder: Path, source: str, split: str, documents: Iterable[list
     shard: list[int] = []
 
     def flush() -> None:
-        np.array(shard, dtype="<u2").tofile(folder / f"{source}-{split}-{len(counts):05d}.bin")
+        (folder / f"{source}-{split}-{len(counts):05d}.bin").write_bytes(np.array(shard, dtype="<u2").tobytes())
         counts.append(len(shard))
         shard.clear()
 
@@ -1117,6 +1174,9 @@ class TokenSource:
         return ids
 
 
+SMALL_FILE = 2 ** 24  # bytes. Larger shards are not read through at every start; `sha256sum -c SHA256SUMS` does it
+
+
 class TokenData:
     """A data folder: its tokenizer, and the sources it has."""
 
@@ -1125,6 +1185,7 @@ class TokenData:
         if not (self.folder / "meta.json").is_file():
             raise DanubeError(f"no data at {self.folder} (no meta.json): make token shards with data/prepare.py, or "
                               "name their folder with --data; --dry-run shows the plan without data")
+        verify_digests(self.folder, SMALL_FILE)
         self.meta, self.sequence_length, self.config = read_json(self.folder / "meta.json"), sequence_length, config
         if not isinstance(self.meta.get("sources"), dict) or not self.meta["sources"]:
             raise DanubeError(f"{self.folder / 'meta.json'} names no sources: make the data again")
@@ -1458,11 +1519,16 @@ class Run:
         self.compare_processes()
         if (out / "config.json").exists():
             raise DanubeError(f"{out} is a checkpoint, not a run folder: choose another --out")
-        if resume:
-            self.restore()
-        elif checkpoints_in(out):
+        if resume and not checkpoints_in(out):
+            raise DanubeError(f"nothing to resume: {out} holds no complete checkpoint; leave --resume out")
+        if not resume and checkpoints_in(out):
             raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
         self.log = open(os.devnull, "w") if processes()[0] else self.open_log()  # only the first process writes
+        if resume:
+            self.restore()
+        if processes()[0] == 0:
+            self.remove_old_checkpoints()
+            self.forget_later_steps()
 
     def compare_processes(self) -> None:
         """All processes must train the same thing, from the same checkpoint."""
@@ -1478,9 +1544,7 @@ class Run:
     def restore(self) -> None:
         """Put the newest checkpoint into model and optimizer, however many processes wrote it, or read it now."""
         from torch.distributed.checkpoint import state_dict
-        if not (checkpoints := checkpoints_in(self.out)):
-            raise DanubeError(f"nothing to resume: {self.out} holds no complete checkpoint; leave --resume out")
-        folder = checkpoints[-1]
+        folder = checkpoints_in(self.out)[-1]
         if processes()[0] == 0:
             verify_digests(folder)
         wait_for_all()
@@ -1494,6 +1558,8 @@ class Run:
             options = state_dict.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen stays as it is
             state_dict.set_model_state_dict(self.model, weights, options=options)
             state_dict.set_optimizer_state_dict(self.model, self.optimizer, trainer["optimizer"], options=options)
+            for group in self.optimizer.param_groups:  # a list now, which would be written as other bytes
+                group["betas"] = tuple(group["betas"])
             if trainer["scaler"]:  # nothing, where the checkpoint comes from a machine that needed no loss scale
                 self.scaler.load_state_dict(trainer["scaler"])
             self.step, self.tokens, self.skipped = (int(trainer[name]) for name in ("step", "tokens", "skipped"))
@@ -1516,23 +1582,32 @@ class Run:
                                       "and the data of the first run, or choose another --out")
 
     def open_log(self) -> TextIO:
-        """metrics.jsonl without what a resumed run will do again: lines after its step, and the evaluation at it."""
+        """metrics.jsonl, which also keeps other runs away: as long as it is open, it is locked."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for leftover in self.out.glob("step-*.partial"):  # of a run killed while it wrote or removed a checkpoint
-            shutil.rmtree(leftover)
-        path, partial = self.out / "metrics.jsonl", self.out / "metrics.jsonl.partial"
-        kept = []
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() and self.step else []
-        for line in lines:
+        log = open(self.out / "metrics.jsonl", "a")
+        lock(log.fileno(), self.out)
+        return log
+
+    def forget_later_steps(self) -> None:
+        """Cut off metrics.jsonl before what a resumed run will do again: lines after its step, and the evaluation at
+        it. They stand in the order of the steps, so nothing behind the first of them is to be kept."""
+        length = 0
+        for line in (self.out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
             try:
                 entry = json.loads(line)
-                if entry["step"] < self.step or entry["step"] == self.step and "val_loss" not in entry:
-                    kept.append(line.rstrip("\n") + "\n")
+                if not self.step or entry["step"] > self.step or entry["step"] == self.step and "val_loss" in entry:
+                    break
             except (ValueError, KeyError, TypeError):  # a line that a kill cut short
                 break
-        partial.write_text("".join(kept))
-        partial.replace(path)
-        return open(path, "a")
+            length += len(line) + 1
+        self.log.truncate(length)
+
+    def remove_old_checkpoints(self) -> None:
+        """All but the newest, and what a kill left of one that was being written or removed."""
+        for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
+            old.rename(old.with_name(f"{old.name}.partial"))
+        for leftover in self.out.glob("step-*.partial"):
+            shutil.rmtree(leftover)
 
     def write(self, **entry: object) -> None:
         self.log.write(json.dumps(entry) + "\n")
@@ -1560,11 +1635,13 @@ class Run:
         if dtype != torch.float32 or len(self.trained_weights()) < len(self.model.state_dict()):
             trainer["master_weights"] = weights  # the folder has them in another type, or only some of them
         if processes()[0] == 0:
+            if not all(map(is_finite, weights.values())):
+                raise DanubeError(f"the weights are not finite after step {self.step}; the last checkpoint, if any, is "
+                                  f"kept in {self.out}: try a lower --learning-rate and another --out")
             os.fsync(self.log.fileno())
             folder = self.out / f"step-{self.step:07d}"
             self.write_model(folder, self.model, self.tokenizer, trainer, dtype, weights)
-            for old in checkpoints_in(self.out)[:-1]:  # renamed first: half of a folder must not look like a whole one
-                shutil.rmtree(old.rename(old.with_name(f"{old.name}.partial")))
+            self.remove_old_checkpoints()
         self.saved = self.step
         wait_for_all()
 
@@ -1610,7 +1687,7 @@ def train(run: Run) -> bool:
         f"{ranks} x {run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
     bar = tqdm(total=recipe.total_steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05,
                mininterval=0.2 if sys.stderr.isatty() else 10, disable=rank > 0)
-    with bar, interruptible() as requests, ThreadPoolExecutor(1) as reader:
+    with run.log, bar, interruptible() as requests, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(run.batch, run.step)
         while True:
             if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
@@ -1855,6 +1932,8 @@ class ChatData:
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: DanubeConfig, epochs: int = 1,
                  batch_size: int = CHAT_ROWS, lora: bool = False, fold_system: bool = False) -> None:
+        if epochs > MAX_REPEATS:
+            raise DanubeError(f"--epochs {epochs:,}: more than {MAX_REPEATS} teach nothing: lower it")
         rows, self.summary = read_conversations(path, tokenizer, config.max_position_embeddings, fold_system)
         held_out = min(256, math.ceil(VALIDATION_CHATS * len(rows)))
         if len(rows) == held_out:
@@ -2096,7 +2175,8 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     log-likelihood (acc, with its standard error), by that over the number of characters, which does not favour short
     choices (acc_norm), and by guessing. The names are lm-evaluation-harness's, and so are the definitions."""
     for number, question in enumerate(questions, start=1):
-        if question.get("answer") not in range(len(question.get("choices") or ())):
+        choices = question.get("choices")
+        if not isinstance(choices, list) or question.get("answer") not in range(len(choices)):
             raise DanubeError(f'question {number} lacks an "answer", the index of the right one of its "choices"')
     right = []  # by sum, by character
     for question, scores in zip(questions, choice_scores(model, tokenizer, questions)):
@@ -2395,7 +2475,7 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor
 
 def check_quantizable(name: str, weight: Tensor) -> None:
     """Refuse what codes and scales cannot hold."""
-    if not weight.isfinite().all():
+    if not is_finite(weight):
         raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
     if weight.dim() == 2 and weight.shape[1] % GROUP:
         raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {GROUP}: only models whose "
@@ -2614,7 +2694,7 @@ def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.n
     for name, tensor in checked_weights(source, model):
         module, _, kind = name.rpartition(".")
         tensor = rows_for_gguf(name, tensor.half() if kind == "weight" and tensor.dim() == 2 else tensor, config)
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise DanubeError(f"{source}: {name} holds values that are not finite, or not in fp16: take an earlier "
                               "checkpoint")
         if kind == "codes":  # stored just before its scales
@@ -2639,23 +2719,28 @@ def write_gguf(source: Path, path: Path) -> None:
         raise DanubeError(f"{path} is a folder, or lies in none that exists: name a file")
     verify_digests(source)
     config, partial = read_config(source), path.with_name(f"{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, "llama")
+    writer: Any = gguf.GGUFWriter(partial, "llama")
     describe_for_gguf(writer, config, read_tokenizer(source, config), read_scheme(source))
     for name, values, kind in gguf_tensors(source, config):
         raw_dtype = gguf.GGMLQuantizationType[kind]
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=raw_dtype)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
-        for _, values, _ in tensors:
-            writer.write_tensor_data(values)
-        writer.close()
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial.touch()
+    with locked(partial):
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
+            for _, values, _ in tensors:  # not by write_tensor_data: numpy's tofile says nothing when the disk is full
+                file = writer.fout[0]
+                writer.write_padding(file, file.tell())
+                file.write(values.tobytes())
+                writer.write_padding(file, values.nbytes)
+            writer.close()
+            sync(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, scheme: dict[str, int] | None) -> None:
@@ -2709,7 +2794,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         if not isinstance(base, str) or not Path(base).is_dir():
             raise DanubeError(f"{folder} holds adapters to {base}, which is no folder here: put that folder back")
         made_for = folder / "base.sha256"
-        if made_for.is_file() and made_for.read_text().strip() != weights_sha256(find_checkpoint(base)):
+        if made_for.is_file() and made_for.read_text(errors="replace").strip() != weights_sha256(find_checkpoint(base)):
             raise DanubeError(f"{folder} holds adapters to what was once in {base}; other weights are there now: put "
                               "the old ones back")
         model, tokenizer = load_checkpoint(base, device, dtype, pack)
@@ -2906,8 +2991,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(main())
     except DanubeError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).splitlines()[0]}): train with a smaller "
+    except (RuntimeError, MemoryError) as error:  # PyTorch has an OutOfMemoryError for GPUs only
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "you tried to allocate" not in str(error):
+            raise
+        reason, *_ = str(error).split("\n")
+        print(f"error: out of memory ({reason}): train with a smaller "
               "--micro-batch-size or --recompute on, or give a shorter text", file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

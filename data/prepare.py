@@ -503,7 +503,7 @@ def provide_tokenizer(found: danube3.Tokenizer | int, sources: list[Source], pat
 
 # ---------------------------------------------------------------------------------------------------------- the whole
 def begin_or_go_on(partial: Path, state: dict[str, object]) -> None:
-    """Make the folder that is to become --out, or see that it was begun with the same inputs and settings."""
+    """Begin the folder that is to become --out, or see that it was begun with the same inputs and settings."""
     path = partial / "spool" / "state.json"
     if path.is_file():
         begun = danube3.read_json(path)
@@ -511,8 +511,8 @@ def begin_or_go_on(partial: Path, state: dict[str, object]) -> None:
             raise DanubeError(f"{partial} was begun with another {', another '.join(changed)}: give the same command "
                               "again to go on, or remove that folder to begin anew")
     elif not (partial / "meta.json").is_file():  # else there was only the last renaming left to do
-        shutil.rmtree(partial, ignore_errors=True)
-        path.parent.mkdir(parents=True)
+        danube3.remove_all(partial)
+        path.parent.mkdir()
         write_whole(path, json.dumps(state).encode())
 
 
@@ -535,13 +535,16 @@ def prepare(sources: list[Source], args: argparse.Namespace) -> None:
     state = {"--tokenizer": found if isinstance(found, int) else found.sha256, "--val": args.val,
              "--shard-tokens": args.shard_tokens, "--tokens": args.tokens, "--text-field": args.text_field,
              "batch size": BATCH_BYTES, **{f"source {source.name}": source.identity() for source in sources}}
+    partial.mkdir(parents=True, exist_ok=True)
     try:
-        begin_or_go_on(partial, state)
-        if not (partial / "meta.json").is_file():
-            write_all(partial, sources, found, args)
-        shutil.rmtree(partial / "spool", ignore_errors=True)
-        partial.rename(args.out)
-        danube3.sync(args.out.parent)
+        with danube3.locked(partial):
+            begin_or_go_on(partial, state)
+            if not (partial / "meta.json").is_file():
+                write_all(partial, sources, found, args)
+            shutil.rmtree(partial / "spool", ignore_errors=True)
+            danube3.write_digests(partial)
+            partial.rename(args.out)
+            danube3.sync(args.out.parent)
     except KeyboardInterrupt as error:
         raise DanubeError(f"interrupted: the same command goes on with what is in {partial}") from error
     except BrokenProcessPool as error:

@@ -495,6 +495,7 @@ def test_conversations_that_cannot_be_read(content, words, long_base, tmp_path):
         (["--chat", "{chat}", "--init", "{base}", "--lora", "0"], "no whole number of at least 1"),
         (["--chat", "{chat}", "--init", "{base}", "--lora", "13"], "rank must be from 1 to 12"),
         (["--chat", "{chat}", "--init", "{base}", "--epochs", "0"], "at least 1"),
+        (["--chat", "{chat}", "--init", "{base}", "--epochs", "101"], "more than 100 teach nothing"),
         (["--chat", "{chat}", "--init", "{base}", "--batch-size", "-2"], "at least 1"),
         (["--chat", "nowhere.jsonl", "--init", "{base}"], "nowhere.jsonl does not exist"),
         (["--chat", "{chat}", "--init", "nowhere"], "nowhere does not exist"),

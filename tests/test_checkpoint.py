@@ -152,6 +152,41 @@ def test_damaged_files(saved, name, how):
     assert readable
 
 
+def test_other_control_tokens_are_refused(saved):
+    """A tokenizer without </s>, or with another id for it: the model would never stop, or meet the id -1."""
+    folder, _ = saved
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / danube3.DIGESTS).unlink()
+    (folder / "config.json").write_text(json.dumps({**raw, "eos_token_id": 3}))
+    with pytest.raises(danube3.DanubeError, match="other ids for <s> and </s>"):
+        danube3.load_checkpoint(folder)
+
+
+def test_a_second_run_is_refused(tmp_path, tokenizer):
+    """While the first is there; its log closed, or its process gone, the folder is free."""
+    first = danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=False)
+    first.step = 1
+    first.save()
+    first.write(step=1, loss=2.0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(danube3.DanubeError, match="is in use by another program"):
+        danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    first.log.close()
+    danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True)
+
+
+def test_weights_that_are_no_numbers_replace_no_checkpoint(tmp_path, tokenizer):
+    run = danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=False)
+    run.step = 1
+    run.save()
+    run.model.lm_head.weight.data[3, 4] = math.inf
+    run.step = 2
+    with pytest.raises(danube3.DanubeError, match="not finite after step 2; the last checkpoint, if any, is kept"):
+        run.save()
+    assert [path.name for path in danube3.checkpoints_in(tmp_path)] == ["step-0000001"]
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(
         safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
@@ -284,6 +319,8 @@ def test_multiple_choice_by_hand(saved):
         danube3.choice_scores(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
     with pytest.raises(danube3.DanubeError, match='question 2 lacks an "answer"'):
         danube3.multiple_choice(model, tokenizer, [questions[0], {**questions[1], "answer": 3}])
+    with pytest.raises(danube3.DanubeError, match='question 1 lacks an "answer"'):
+        danube3.multiple_choice(model, tokenizer, [{**questions[0], "choices": 5}])
 
 
 @pytest.mark.parametrize("line", ["5", "{}", '{"step": "3"}', "\udcff", '{"step": 1, "lo'])
@@ -294,6 +331,7 @@ def test_metrics_that_were_damaged(line, tmp_path, tokenizer):
     run.write(step=1, loss=2.0)
     run.step = 2
     run.save()
+    run.log.close()
     with open(out / "metrics.jsonl", "a", errors="surrogateescape") as file:
         file.write(f"{line}\n" if line != '{"step": 1, "lo' else line)
     danube3.Run(out, model, tokenizer, NoData(), resume=True).write(step=3, loss=1.0)
@@ -305,6 +343,7 @@ def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
     run = danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=False)
     run.step = 1
     run.save()
+    run.log.close()
     danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=True)
     state = torch.load(tmp_path / "whole" / "step-0000001" / "trainer.pt", weights_only=True)
     danube3.save_checkpoint(tmp_path / "run" / "step-0000001", run.model, tokenizer, {**state, **change})

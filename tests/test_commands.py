@@ -18,8 +18,16 @@ from conftest import ROOT, call
 
 README = (ROOT / "README.md").read_text()
 # What stands in the README for a name of the reader's own.
-NAMES = {"FOLDER": "out/model", "FILE": "out/model.gguf", "conversations.jsonl": "data/toy/chat.jsonl", "MERGED": "out/merged",
-         "[": "", "]": "", "seed-N": "seed-1", "--seed N": "--seed 1"}  # fmt: skip
+NAMES = {
+    "FOLDER": "out/model",
+    "FILE": "out/model.gguf",
+    "conversations.jsonl": "data/toy/chat.jsonl",
+    "MERGED": "out/merged",
+    "[": "",
+    "]": "",
+    "seed-N": "seed-1",
+    "--seed N": "--seed 1",
+}
 # A pattern of commands, and what makes such a command short.
 BUDGETS = (
     (r"^python train.py( --seed|$)", "--tokens 4k"),

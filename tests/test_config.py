@@ -105,6 +105,8 @@ def test_stage_boundaries():
         ("hidden_size", 40.0),
         ("hidden_size", True),
         ("hidden_size", "40"),
+        ("hidden_size", 2**61),
+        ("num_hidden_layers", 10**12),
         ("head_dim", 7),
         ("num_key_value_heads", 3),
         ("rms_norm_eps", 0.0),

@@ -241,6 +241,26 @@ def test_damaged_data(folder, how, words):
             batches.batch(step)
 
 
+def test_digests_of_a_data_folder(folder, monkeypatch):
+    """A changed token that is one of the vocabulary is noticed too, in shards that are not too large to read through;
+    conversations may be edited."""
+    (folder / "chat.jsonl").write_text("{}")
+    danube3.write_digests(folder)
+    (folder / "chat.jsonl").write_text('{"messages": []}')
+    staged(folder)
+    shard = folder / "b-train-00001.bin"
+    ids = np.fromfile(shard, "<u2")
+    ids[5] = 7 if ids[5] != 7 else 8
+    shard.write_bytes(ids.tobytes())
+    with pytest.raises(danube3.DanubeError, match="b-train-00001.bin is damaged"):
+        staged(folder)
+    monkeypatch.setattr(danube3, "SMALL_FILE", shard.stat().st_size - 1)
+    staged(folder)
+    (folder / "meta.json").unlink()
+    with pytest.raises(danube3.DanubeError, match="no meta.json"):
+        staged(folder)
+
+
 def test_source_shorter_than_a_row(tmp_path, tokenizer):
     folder = write_data(tmp_path / "tiny", tokenizer, {"a": 100, "b": 100, "c": 9})
     with pytest.raises(danube3.DanubeError, match="'c' .* less than one row of 16"):

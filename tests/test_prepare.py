@@ -114,7 +114,8 @@ def test_shards_hold_the_documents(tmp_path, tokenizer, corpus):
     row = result.stdout.splitlines()[1].split()
     assert row == ["web", "130", "10", f"{train:,}", f"{val:,}", str(shards)]
     assert meta["vocab_size"] == tokenizer.vocab_size and meta["tokenizer_sha256"] == tokenizer.sha256
-    names = {"tokenizer.model", "meta.json"}
+    names = {"tokenizer.model", "meta.json", "SHA256SUMS"}
+    danube3.verify_digests(tmp_path / "out")
     assert {name for name in contents(tmp_path / "out") if not name.endswith(".bin")} == names
     assert not list(tmp_path.glob("*.partial"))
 
