@@ -1,10 +1,10 @@
 """Danube3 in one file: H2O-Danube3 (arXiv 2407.09276) from text to a trained, talking model.
 
-H2O-Danube3 is a pair of small language models, 500 million and 4 billion parameters, with the Llama architecture. What
-its report adds is a way of training: three stages of data, in which noisy web text gives way to cleaner text step by
-step. This file is all of it, to be read from top to bottom; nothing is used before it is defined.
+H2O-Danube3 is a pair of small language models, 500 million and 4 billion parameters, with the Llama architecture. Its
+report trains them in three stages of data, in which noisy web text gives way to cleaner text stage by stage. This file
+is all of it, to be read from top to bottom.
 
-     1  Configurations      the published sizes, the three stages, and what they cost
+     1  Configurations      the published sizes and the three stages
      2  Tokenizer           text to ids and back; a conversation as ids and labels
      3  Kernels             the five formulas that a Llama is made of
      4  Model               modules named as in the published checkpoints
@@ -14,7 +14,7 @@ step. This file is all of it, to be read from top to bottom; nothing is used bef
      8  Optimizer           AdamW, and the learning rate over the steps
      9  Training            one loop
     10  Chat fine-tuning    conversations as batches; LoRA
-    11  Evaluation          multiple choice by likelihood, questions answered in free text
+    11  Evaluation          perplexity, multiple choice by likelihood, labels of texts, free answers
     12  Quantization        int8, int4, GPTQ; GGUF files
     13  Command line        opening any folder, talking, and what train.py and sample.py share
 
@@ -22,9 +22,12 @@ The letters in every shape comment:
 
     B  batch (rows)         D  hidden_size          H  num_attention_heads (queries)
     T  tokens of one row    F  intermediate_size    K  num_key_value_heads (keys and values)
-    S  tokens seen so far   V  vocab_size           h  head_dim
+    S  tokens so far        V  vocab_size           h  head_dim
+       (these T included)
 
-(F is also the usual name of torch.nn.functional in code; N and n in a shape are "any number of them".)
+(F is also the usual name of torch.nn.functional in code; N and n in a shape are "any number of them"; a matrix that is
+quantized, whatever it is for, is [N, K], K numbers in and N out.) The stream is what runs through all layers, a vector
+[D] for each token; the head (lm_head) is the matrix that makes of it one number, a logit, for each possible next token.
 
 Facts carry their source: [R] is the report, its model cards or published configuration files; [C] is our own choice,
 made because nothing was published.
@@ -59,7 +62,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as compute_again
+from torch.utils.checkpoint import checkpoint as compute_again  # for a gradient; nothing is written to a disk
 from tqdm import tqdm
 
 try:
@@ -75,8 +78,9 @@ class DanubeError(Exception):
 # ======================================================================================================================
 # 1. Configurations
 #
-# What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers. The
-# field names of DanubeConfig are those of the published config.json, so that a downloaded folder needs no translation.
+# What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers, from
+# which all that follows reads its sizes, so that no number is written twice and a wrong one is refused once. The field
+# of DanubeConfig are those of the published config.json, so that a downloaded folder needs no translation.
 # Look at head_dim: it is a number of its own. In all three models H x h happens to equal hidden_size, but nothing in
 # the architecture asks for that, and code that computes one from the other breaks on the next model.
 # ======================================================================================================================
@@ -107,8 +111,9 @@ class DanubeConfig:
                 kind = "an integer" if integer else "a number"
                 raise DanubeError(f"config: {field.name} is {value!r}: give it {kind}")
             limit = 2 ** 62 if not integer else 2 ** 10 if field.name == "num_hidden_layers" else 2 ** 24
-            if not 0 <= value < limit or value == 0 and not field.name.endswith("_token_id"):
-                raise DanubeError(f"config: {field.name} is {value}: it must be positive, and a size that exists")
+            smallest = 0 if field.name.endswith("_token_id") else 1 if integer else 1e-30
+            if not smallest <= value < limit:
+                raise DanubeError(f"config: {field.name} is {value}: it must be at least {smallest}, and under {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DanubeError(f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
                               "key/value heads evenly: make num_attention_heads a multiple of num_key_value_heads")
@@ -127,10 +132,14 @@ class Stage:
     mixture: dict[str, int]
 
 
+# A step of training: rows of T tokens go through the model, some at a time (a micro-batch), and each adds its gradient
+# to a sum; then every weight moves once, along that sum. A stage is many steps with the same mixture of sources.
+
 @dataclass(frozen=True)
 class Recipe:
     """How a model is trained. Danube3's own optimizer settings are not published: all of this is [C], starting
-    from the betas and the cosine schedule of the first Danube report (arXiv 2401.16818). Only the stages are [R]."""
+    from the betas and the cosine schedule of the first Danube report (arXiv 2401.16818). Of the stages, the shares of
+    web text and the sums of the tokens are [R]."""
 
     stages: tuple[Stage, ...]
     sequence_length: int           # T
@@ -176,7 +185,7 @@ class Recipe:
         """The number of steps after which each stage is over. A stage begins with a step, never inside one; rounding
         the running total, not each stage, keeps every boundary within half a step of its token count."""
         tokens = np.cumsum([stage.tokens for stage in self.stages])
-        return [int((2 * int(t) + self.tokens_per_step) // (2 * self.tokens_per_step)) for t in tokens]
+        return [int((2 * int(t) + self.tokens_per_step) // (2 * self.tokens_per_step)) for t in tokens]  # rounded
 
     @property
     def total_steps(self) -> int:
@@ -198,12 +207,12 @@ def remix(recipe: Recipe, order: str) -> Recipe:
     if order == "reversed":
         return replace(recipe, stages=recipe.stages[::-1])
     if order == "constant":
-        unit = math.gcd(*(stage.tokens for stage in recipe.stages))
+        unit = math.gcd(*(stage.tokens for stage in recipe.stages))  # whole numbers: the same on every machine
         scale = math.lcm(*(sum(stage.mixture.values()) for stage in recipe.stages))
-        # tokens of a source in the whole run, in proportion: sum over stages of tokens times share, all integers
-        even = {name: sum(stage.tokens // unit * stage.mixture[name] * (scale // sum(stage.mixture.values()))
-                          for stage in recipe.stages) for name in recipe.stages[0].mixture}
-        return replace(recipe, stages=tuple(replace(stage, mixture=even) for stage in recipe.stages))
+        # tokens of a source in the whole run, in proportion: sum over stages of tokens times share
+        overall = {name: sum(stage.tokens // unit * stage.mixture[name] * (scale // sum(stage.mixture.values()))
+                             for stage in recipe.stages) for name in recipe.stages[0].mixture}
+        return replace(recipe, stages=tuple(replace(stage, mixture=overall) for stage in recipe.stages))
     return recipe
 
 
@@ -211,7 +220,7 @@ SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")  # 
 
 # Thousandths of each stage. The web column is [R]: 90.6, 81.7 and 51.6 %. How the rest is split among the other five
 # is only a figure in the report, so the other columns are [C].
-MIXTURES = tuple(dict(zip(SOURCES, shares)) for shares in (
+MIXTURES = tuple(dict(zip(SOURCES, shares)) for shares in (  # in the order of SOURCES
     (906, 18, 18, 18, 30, 10),
     (817, 35, 35, 38, 55, 20),
     (516, 80, 80, 94, 190, 40)))
@@ -245,19 +254,6 @@ RECIPES = {
 }
 
 
-LOGIT_ROWS = 4_096  # logits of at most this many tokens exist at once: 0.5 GB at V = 32,000 in fp32 [C]
-
-
-def shared_recipe(recipe: Recipe, ranks: int) -> Recipe:
-    """The recipe for so many processes or GPUs: each takes as many rows of a step, in micro-batches of at most the
-    recipe's size that divide them evenly."""
-    rows, rest = divmod(recipe.rows_per_step, ranks)
-    if rest:
-        raise DanubeError(f"a step of {recipe.rows_per_step} rows cannot be shared evenly by {ranks} processes: make "
-                          "it a multiple (--tokens-per-step, or --batch-size), or take another number of them")
-    return replace(recipe, micro_batch_size=max(n for n in range(1, recipe.micro_batch_size + 1) if rows % n == 0))
-
-
 def count_parameters(config: DanubeConfig) -> int:
     """Numbers in the model: 513,590,784 for 500m and 3,961,839,360 for 4b [R]."""
     c = config
@@ -266,79 +262,16 @@ def count_parameters(config: DanubeConfig) -> int:
     return c.num_hidden_layers * layer + c.hidden_size + 2 * c.vocab_size * c.hidden_size  # + last norm, two embeddings
 
 
-def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3) -> int:
-    """Floating-point operations that training needs for one token: forward, and twice that backward, once for the
-    gradient of the inputs and once for that of the weights; with frozen weights the last of these 3 passes falls away.
-
-    A weight of a matrix costs one multiplication and one addition a token; the input embedding is looked up, not
-    multiplied. Attention scores and their weighted sum cost 2 h operations each for every pair of a query and a key,
-    and a causal row has (T + 1) / 2 keys to a query on average: only pairs that exist are counted.
-    """
-    c = config
-    norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
-    weights = count_parameters(c) - c.vocab_size * c.hidden_size - norms
-    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * 2 * (sequence_length + 1)
-    return passes * (2 * weights + attention)
-
-
-def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, gpus: int = 1,
-                 recompute: bool = False) -> dict[str, int]:
-    """Bytes that training takes on each device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
-
-    Weights, gradients and the two AdamW moments are exact; several GPUs share them, but a gradient that is summed over
-    micro-batches is held whole until it is exchanged. Of other GPUs' weights, two layers are there at a time, and
-    embedding and head throughout; gradients of a layer, and of the ends, once more while they are exchanged.
-    Activations are an estimate: what autograd keeps of a layer are the stream and its norms, six times in fp32, and the
-    inputs of the matrices and of attention in the compute type; with `recompute` that is kept of one layer, and of the
-    others the stream once. Logits count three times: themselves, softmax, gradient.
-    """
-    c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, count_parameters(config)
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
-    per_token = 4 * 6 * c.hidden_size + compute_bytes * (heads + 4 * c.intermediate_size)
-    kept = per_token + c.num_hidden_layers * 4 * c.hidden_size if recompute else c.num_hidden_layers * per_token
-    ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
-    one_pass = recipe.rows_per_step == gpus * recipe.micro_batch_size
-    copy = 0 if compute_bytes == 4 else compute_bytes * n
-    gathered = (4 + 4) * ends + (2 * compute_bytes + 4) * (n - ends) // c.num_hidden_layers
-    return {
-        "weights (fp32)": 4 * n // gpus,
-        "gradients (fp32)": 4 * n // gpus if gpus == 1 or one_pass else 4 * n,
-        "AdamW moments (fp32)": 8 * n // gpus,
-        "weights (compute copy)" if gpus == 1 else "exchanged parts": copy if gpus == 1 else gathered,
-        "activations (estimate)": tokens * kept,
-        "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * c.vocab_size,
-    }
-
-
-USABLE_MEMORY = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors [C]
-
-
-def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory: float, gpus: int = 1) -> bool:
-    """Whether layers are to be computed again in the backward pass: as wished ("on", "off"), or if it fits only so
-    ("auto"). Training that cannot fit in `gpu_memory` bytes is refused, with what would help."""
-    def needs(recipe: Recipe, gpus: int, recompute: bool) -> int:
-        return sum(memory_bytes(config, recipe, 2, gpus, recompute).values())
-
-    room, one_row = USABLE_MEMORY * gpu_memory, replace(recipe, micro_batch_size=1)
-    for choice in {"auto": (False, True), "on": (True,), "off": (False,)}[wish]:
-        if needs(recipe, gpus, choice) <= room:
-            return choice
-    enough = (n for n in (gpus * 2 ** i for i in range(1, 13)) if needs(one_row, n, True) <= room)
-    remedy = ("--recompute on" if needs(recipe, gpus, True) <= room else
-              "--micro-batch-size 1" if needs(one_row, gpus, True) <= room else
-              f"{n} GPUs (torchrun --nproc-per-node; to plan: --gpus {n})" if (n := next(enough, 0)) else
-              "a shorter --sequence-length, or --chat with --lora")
-    raise DanubeError(f"training needs {needs(recipe, gpus, wish != 'off') / 1e9:,.1f} GB on each GPU, and of "
-                      f"{gpu_memory / 1e9:,.1f} GB {room / 1e9:,.1f} can be used: take {remedy}")
-
-
 # ======================================================================================================================
 # 2. Tokenizer and chat format
 #
-# Danube3 uses the Mistral tokenizer: sentencepiece, byte-pair encoding, 32,000 pieces, of which three are control
-# tokens (<unk>, <s>, </s>) and 256 are single bytes, so that no text is ever unknown. A control token has an id but no
-# spelling: the text "</s>" typed by a user is encoded as the characters <, /, s, >, and only this code, which works
-# with ids, can put the real one in. That is the whole defence against a user who would end the model's turn for it.
+# A model computes with numbers, so text is cut into pieces, each with an id. Danube3 uses the Mistral tokenizer:
+# byte-pair encoding by sentencepiece, which begins with single characters and joins the most frequent pair of
+# neighbours, again and again, until there are 32,000 pieces. Three are control tokens (<unk>; <s>, which begins a
+# document; </s>, which ends one, or a turn) and 256 are single bytes, so that no text is ever unknown. A control token
+# has an id but no spelling: the text "</s>" typed by a user is encoded as ordinary pieces, and only this code, which
+# works with ids, can put the real one in. So nobody can type the end of a turn. (The markers <|prompt|> and <|answer|>
+# are plain text and can be typed: only the </s> in front of them tells a real turn.)
 # Look at StreamDecoder: why a token cannot be turned into text on its own.
 # ======================================================================================================================
 
@@ -371,7 +304,7 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued or scored: after <s>, as every document was in training."""
-        return [self.pieces.bos_id()] * self.add_bos + self.encode(text)
+        return ([self.pieces.bos_id()] if self.add_bos else []) + self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be padded
@@ -380,10 +313,11 @@ class Tokenizer:
 class StreamDecoder:
     """Text from ids that come one at a time.
 
-    A token has no text of its own: sentencepiece drops the space in front of the first piece, and a character such as
-    an emoji may be spread over four byte tokens. So each new token is decoded together with the tokens before it, and
-    what is new in the result is given out, unless it ends in half a character. Only the tokens since the last piece of
-    text are decoded again, so a long answer costs no more per token than a short one.
+    A token has no text of its own: sentencepiece drops the space in front of the first piece (" world" alone decodes to
+    "world"), and a character such as an emoji may be spread over four byte tokens. So each new token is decoded
+    together with the tokens before it, and what is new in the result is given out, unless it ends in half a character.
+    Only the tokens since the last piece of text are decoded again, so a long answer costs no more per token than a
+    short one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
@@ -472,9 +406,10 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 # ======================================================================================================================
 # 3. Kernels
 #
-# Five formulas, as pure functions: normalise, turn, attend, gate, and the loss. Everything else in the model is a
-# matrix multiplication. tests/reference.py has each of them again in NumPy, written from the formula, with its
-# derivative.
+# All that a model learns is in its matrices (and in the gains of its norms). Five formulas join them: normalise, so
+# that the next matrix reads numbers of one size; turn, so that the order of tokens matters; attend, so that they see
+# each other; gate, so that two matrices in a row are more than one; and the loss, the number to be made small. They are
+# pure functions: tests/reference.py has each of them again in NumPy, written from the formula, with its derivative.
 # ======================================================================================================================
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -482,7 +417,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Computed in fp32 whatever the type of x: a sum of D squares can overflow fp16 and loses most of its digits in bf16.
     """
-    x32 = x.float() if x.dtype != torch.float64 else x
+    x32 = x.float() if x.dtype != torch.float64 else x  # fp64 stays: derivatives are tested in it
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
     return weight * (x32 * scale).to(x.dtype)
 
@@ -490,8 +425,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle p * theta^(-2i/h), positions p = start .. end-1, pairs i. -> 2 x [T, h/2], fp32
 
-    Computed anew in each forward pass, which is cheap, and so never a buffer of the model, which model.bfloat16() would
-    round: a frequency that is off by 0.2 %, times position 8,000, is an angle that is off by two full turns.
+    Computed anew in each forward pass, which is cheap. Trap: as a buffer of the model it would be rounded by
+    model.bfloat16(), and a frequency that is off by 0.2 %, times position 8,000, is an angle off by two full turns.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)  # [h/2]
     angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * frequency              # [T, h/2]
@@ -501,8 +436,11 @@ def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torc
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of features by its position's angle. x [B, n, T, h], cos and sin [T, h/2] -> [B, n, T, h]
 
-    The product of a query turned by m and a key turned by n depends only on m - n: this is how a model without any
-    other notion of place knows how far apart two tokens are. Trap: which two features form pair i? Here, as in every
+        (a, b) -> (a cos - b sin, b cos + a sin)        a = x[i], b = x[i + h/2], the angle is p theta^(-2i/h)
+
+    The product of a query turned to position p and a key turned to position s depends only on p - s: this is how a
+    model without any other notion of place knows how far apart two tokens are. Fast pairs (i = 0: a turn in 6 tokens)
+    tell neighbours apart, slow ones the near from the far. Trap: which two features form pair i? Here, as in every
     Llama checkpoint on Hugging Face, features i and i + h/2 ("half-split"); in the original paper and in GGUF files,
     2i and 2i + 1. The wrong one runs without complaint, and the model talks nonsense.
     """
@@ -511,34 +449,46 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(h), causal) v, with H query heads on K key/value heads. -> [B, H, T, h]
+    """softmax(q k^T / sqrt(h), causal) v, with H query heads on K key/value heads. q [B, H, T, h]; k and v [B, K, S, h]
+    -> [B, H, T, h]
 
     Each token asks with its query q; the products with the keys k of the tokens before it, and its own (that is what
-    "causal" means), say how much of each one's value v it gets.
+    "causal" means), say how much of each one's value v it gets. A sum of h products of numbers of size one has the size
+    sqrt(h): undivided, the softmax would soon give all to one key, and pass on no gradient.
 
-    q [B, H, T, h]; k and v [B, K, S, h]. Query head i reads key/value head i // (H / K): neighbours share. The queries
-    are the last T of the S positions, so query t sees keys 0 .. S - T + t. Trap: `is_causal` lines the triangle up with
-    the first key, not the last, which is right only for S = T; for a chunk after a cache the mask is written out. A
+    Trap: query head i reads key/value head i // (H / K), neighbours share. With H = 4 and K = 2 query heads 0 and 1
+    read 0, 2 and 3 read 1: k.repeat_interleave(H // K, dim=1), not k.repeat; `enable_gqa` does it without the copy.
+
+    Trap: the queries are the last T of the S positions, so query t sees keys 0 .. S - T + t. Of two new tokens after
+    three in a cache (T = 2, S = 5) the first sees 11110, the second 11111. `is_causal` lines its triangle up with the
+    first key, not the last (10000, 11000), which is right only for S = T; so after a cache the mask is written out. A
     single query sees everything and needs none.
     """
     T, S = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < T < S:
+    mask, causal = None, False
+    if T == S:
+        causal = True  # a branch, not `is_causal=T == S`: where lengths vary, torch.compile would pass on a symbol
+    elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S, enable_gqa=True)
+    share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
+    if not share:  # of the kernels of a GPU that keep no [T, S] scores, only the one for bf16 without a mask shares heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, with silu(x) = x * sigmoid(x): a soft, learned switch. 2 x [.., F] -> [.., F]"""
+    """silu(gate) * up, with silu(x) = x * sigmoid(x): for each token and each of F features, `gate` decides how much
+    of `up` goes through. 2 x [.., F] -> [.., F]"""
     return F.silu(gate) * up
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum, not the mean, of -log softmax(logits)[label] over labels that are not IGNORE. [N, V], [N] -> []
+    """The sum of -log softmax(logits)[label] = log(sum of exp(logits)) - logits[label] over labels that are not IGNORE.
+    logits [N, V], labels [N] -> []
 
-    Trap: the mean belongs to the whole optimizer step. A step is cut into micro-batches with different numbers of
-    labels; a mean of their means would weigh a token more where it has fewer neighbours. So: sums here, and one
-    division in the training loop. In fp32, because bf16 logits would round the loss itself.
+    Trap: not the mean, which belongs to the whole optimizer step. A step is cut into micro-batches with different
+    numbers of labels; a mean of their means would weigh a token more where it has fewer neighbours. So: sums here, and
+    one division in train_step. In fp32, because sums over V and N would lose their digits in bf16.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -556,8 +506,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all tokens seen, so that the next token need not compute them again.
 
-    kv [layers, 2, B, K, max_length, h]; the first `length` positions are filled. Trap: `length` is also the position of
-    the next token, and it moves only when all layers have appended theirs.
+    kv [layers, 2, B, K, max_length, h]; the first `length` positions are filled. No queries: an old one is never asked
+    again. Keys are stored turned, so they hold for their positions only. Trap: `length` is also the position of the
+    next token. All layers write to the same positions, so it moves once, in Decoder.forward, when the last has written.
     """
 
     def __init__(self, config: DanubeConfig, batch_size: int, max_length: int, dtype: torch.dtype,
@@ -649,12 +600,15 @@ class Decoder(nn.Module):
         start = 0 if kv_cache is None else kv_cache.length  # the position of the first of these tokens
         end = start + input_ids.shape[1]
         cos, sin = rotary_table(start, end, self.config.head_dim, self.config.rope_theta, input_ids.device)
-        x = self.embed_tokens(input_ids)  # [B, T, D]
+        x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]; matrices may have another type
         for layer in self.layers:
             x = layer(x, cos, sin, kv_cache)
         if kv_cache is not None:
-            kv_cache.length = end
+            kv_cache.length = end  # only now: all layers have written to start .. end
         return self.norm(x)
+
+
+LOGIT_ROWS = 4_096  # logits of at most this many tokens exist at once: 0.5 GB at V = 32,000 in fp32 [C]
 
 
 class Danube3(nn.Module):
@@ -672,13 +626,13 @@ class Danube3(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stream between the layers, and of the cache: the norms' own, since matrices may be quantized."""
+        """The type of the stream and of the cache, read from a norm, since matrices may be quantized."""
         return self.model.norm.weight.dtype
 
     @staticmethod
     def new(config: DanubeConfig, seed: int) -> "Danube3":
         """A model to train from the beginning; its memory is filled once, not first by nn.Linear."""
-        with torch.device("meta"):
+        with torch.device("meta"):  # shapes without memory
             model = Danube3(config)
         return model.to_empty(device="cpu").init_weights(seed)
 
@@ -730,7 +684,8 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     """softmax(logits / temperature), cut to the likely tokens and renormalised. [B, V] -> [B, V]
 
     top_k keeps the k likeliest tokens (0: all). top_p keeps the fewest likeliest tokens whose probabilities reach p in
-    sum (1.0: all), at least one: few where the model is sure, many where it is not.
+    sum (1.0: all), at least one: few where the model is sure, many where it is not. (Of 0.5, 0.3, 0.2 with p = 0.6 the
+    first two: before them stand 0, 0.5 and 0.8.)
     """
     logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow, however small the temperature
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
@@ -755,7 +710,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
 
     temperature 0 takes the likeliest token. A row ends with </s>, which is yielded, and yields </s> from then on. The
     loop also ends after `max_new_tokens`, or when the context is full. A `kv_cache` that is given may hold a beginning
-    of input_ids already, which is then not processed again.
+    of input_ids already, which is then not processed again; not all of them, since the last is still to be asked.
     """
     B, T = input_ids.shape
     context = model.config.max_position_embeddings
@@ -763,11 +718,11 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
         raise DanubeError(f"a prompt of {T} tokens does not fit a context of 1 to {context}: shorten it")
     generator = torch.Generator(device=input_ids.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    length = min(T + max_new_tokens, context)
-    kv_cache = kv_cache or KVCache(model.config, B, length, model.dtype, input_ids.device)
+    end = min(T + max_new_tokens, context)
+    kv_cache = kv_cache or KVCache(model.config, B, end, model.dtype, input_ids.device)
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-    for _ in range(length - T):
+    for _ in range(end - T):
         hidden = model.model(input_ids, kv_cache)  # [B, T, D] the first time, then [B, 1, D]
         logits = model.lm_head(hidden[:, -1]).float()  # [B, V], of the last position only
         if temperature == 0:
@@ -776,7 +731,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
             probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
             next_ids = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # [B]
         next_ids = next_ids.masked_fill(ended, model.config.eos_token_id)
-        yield next_ids
+        yield next_ids  # not in the cache yet: it goes in when it is read, in the next turn of this loop
         ended |= next_ids == model.config.eos_token_id
         if ended.all():
             return
@@ -810,8 +765,8 @@ def file_sha256(path: Path) -> str:
 def sync(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # Windows syncs only what it may write,
+    except OSError:                                                           # and opens no folders
         return
     try:
         os.fsync(handle)
@@ -876,14 +831,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def verify_digests(folder: Path, largest: float = math.inf) -> None:
-    """Compare a folder's files, those of at most `largest` bytes, with its list of digests, where it has one
-    (downloaded folders have none). Questions and conversations (.jsonl) are there to be edited."""
+def verify_digests(folder: Path, largest: float = math.inf, but: str = "") -> None:
+    """Compare a folder's files, those of at most `largest` bytes and not `but`, with its list of digests, where it has
+    one (downloaded folders have none). Questions and conversations (.jsonl) are there to be edited."""
     if not (folder / DIGESTS).is_file():
         return
     for line in (folder / DIGESTS).read_text(errors="replace").splitlines():
         digest, _, name = line.partition("  ")
-        if name.endswith(".jsonl"):
+        if name.endswith(".jsonl") or name == but:
             continue
         if not (folder / name).is_file():
             raise DanubeError(f"{folder / name} is missing: copy the folder again, or remove it")
@@ -963,6 +918,12 @@ def write_tensors(folder: Path, name: str, weights: dict[str, Tensor], trainer: 
         reason = str(error).splitlines()[0]
         raise DanubeError(f"{folder} could not be written ({reason}): make room on the disk") from error
 
+
+# Several GPUs. torchrun starts this program once for each GPU: `ranks` processes, of which this one has the number
+# `rank`. All run the same lines, and meet in collective calls (in all_reduce every process gets the sum of what each
+# one brings), so that a call which only some of them make waits for ever. A model too large for one GPU is cut: each
+# process keeps 1 / ranks of every weight and moment, and a layer's weights are put together from all processes just
+# before it computes, and dropped after ("fully sharded data parallel", FSDP). With one process none of this happens.
 
 def processes() -> tuple[int, int]:
     """The number of this process, from 0, and how many there are: 0 and 1 unless torchrun has started them."""
@@ -1090,10 +1051,10 @@ def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tenso
 
 def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None,
                  filled: Callable[[nn.Module], None] = lambda module: None) -> None:
-    """Fill a model without memory of its own (on torch's "meta" device) with the tensors of a folder, one by one, so
-    that loading needs the size of the weights once. Weights in `dtype`, or as the first of them is stored; what is
-    not called a weight (codes and scales of section 12) as it is. `filled` is called with each module that has got the
-    last of its tensors."""
+    """Fill a model that is on torch's "meta" device (shapes without memory), tensor by tensor, so that loading needs
+    the weights once. Matrices and norms become `dtype`, by default that of the first one read; codes and scales
+    (section 12) stay as they are stored. `filled` is called with each module that has got the last of its tensors.
+    """
     for name, weight in checked_weights(folder, model):
         owner, _, own_name = name.rpartition(".")
         if own_name == "weight":
@@ -1110,10 +1071,10 @@ def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dty
 # 7. Data
 #
 # Text is stored as token shards: files of uint16 ids, documents one after another as <s> .. </s>, read in windows of
-# T. Which windows make up step 1,234,567? In most trainers the answer is the state of a loader, and a resumed run
-# replays data or skips it. Here it is a pure function of the step, so there is no state to save: two small pieces of
-# arithmetic, one that shares rows among sources (mixture_pattern), and one that shuffles without storing the order
-# (shuffled).
+# T. Which windows make up step 1,234,567? If the answer is the state of a loader, that state must be saved, or all the
+# batches before must be drawn again, and with another number of processes it is another answer. Here it is a pure
+# function of the step, so there is no state: two small pieces of arithmetic, one that shares rows among sources
+# (mixture_pattern), and one that shuffles without storing the order (shuffled).
 # ======================================================================================================================
 
 def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]],
@@ -1138,8 +1099,9 @@ def write_shards(folder: Path, source: str, split: str, documents: Iterable[list
 
 
 class TokenSource:
-    """One source's tokens as windows of T consecutive ids; they run on across documents and shards. The last window's
-    incomplete rest is left out."""
+    """One source's tokens as windows of T consecutive ids. They run on across documents and shards: a window may hold
+    the end of one document and the beginning of the next, and attention is not cut between them [C]. What is left at
+    the end, less than a window, is left out."""
 
     def __init__(self, folder: Path, name: str, split: str, counts: list[int], sequence_length: int,
                  vocab_size: int) -> None:
@@ -1215,13 +1177,15 @@ class TokenData:
 
 
 def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
-    """The sources of the first `rows` rows of a mixture. After every row, each has had its share to within one row.
+    """The sources of the first `rows` rows of a mixture: {"a": 3, "b": 2} gives a b a a b.
 
-    With W the sum of the weights, source i is due t w_i / W rows out of t. Its next row, number n + 1, may come as soon
-    as it is begun to be due (t w_i > n W), and must come before it is overdue, at row (n + 1) W / w_i rounded up; the
-    one with the earliest deadline goes first. That such a schedule always exists is a theorem (Tijdeman 1980, "The
-    chairman assignment problem"); taking simply the source furthest behind can miss it. After W rows all counts are
-    exact, so the pattern of a long stage is W rows, repeated.
+    Why not draw each row's source at random? Then no formula could tell how many rows of a source came before row
+    1,234,567, and so which of its windows is next. With a pattern that repeats it is a division (rows_before).
+
+    Source i has the share w_i / W, with W the sum of the weights: after t rows it should have had t w_i / W. Having had
+    n, it may get its next row as soon as n < t w_i / W, and must have it at the latest in row (n + 1) W / w_i, rounded
+    up. Of those that may, the one that must soonest goes first; then none is ever a whole row off (Tijdeman 1980, "The
+    chairman assignment problem"). After W rows all counts are exact, and the pattern begins again.
     """
     total, given, pattern = sum(weights.values()), dict.fromkeys(weights, 0), []
     for t in range(1, rows + 1):
@@ -1235,9 +1199,12 @@ def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
 def shuffled(index: int, size: int, key: str) -> int:
     """Where `index` goes in a random order of 0 .. size-1 that `key` names, without storing the order.
 
-    A Feistel network, as in block ciphers: write the index as two digits in base m = ceil(sqrt(size)); four times,
-    add a hash of one digit to the other and swap them. Each round can be undone, so no two indices meet. A result
-    past `size` (of m * m at most) goes through again until it falls inside.
+    A Feistel network, as in block ciphers: write the index as two digits in base m = ceil(sqrt(size)), and four times
+
+        (high, low) -> (low, (high + hash(key, round, low)) mod m)
+
+    Each round can be undone by subtracting, so no two of the m * m numbers meet. A result past size - 1 goes through
+    again: the numbers form cycles, and following them, each place inside comes to a place inside, no two to the same.
     """
     base = math.isqrt(size - 1) + 1
     while True:
@@ -1261,8 +1228,12 @@ def validation_rows(source: TokenSource) -> Tensor:
 
 
 class StagedData:
-    """The batches of a run: `batch(step)` depends on the recipe (with its seed), the shards and the step, and on
-    nothing that happened before."""
+    """The batches of a run: `batch(step)` depends on the recipe (with its seed), the shards and the step alone.
+
+    Which window is row r of a stage? The pattern, repeated, names its source. How often that source came before, in
+    earlier stages (used) and in this one (rows_before), is the number of its window, in an order that `shuffled` makes.
+    When all its windows are read, the source begins again in another order.
+    """
 
     def __init__(self, data: TokenData, recipe: Recipe) -> None:
         self.data, self.recipe = data, recipe
@@ -1272,7 +1243,7 @@ class StagedData:
         self.patterns, self.counts = [], []
         for start, end, stage in zip([0, *recipe.stage_ends], recipe.stage_ends, recipe.stages):
             rows = (end - start) * recipe.rows_per_step
-            factor = math.gcd(*stage.mixture.values())  # 816 to 184 is 102 to 23: a shorter pattern
+            factor = math.gcd(*stage.mixture.values())  # 906, 18, .. is 453, 9, ..: a shorter pattern
             weights = {name: weight // factor for name, weight in stage.mixture.items() if weight}
             pattern = mixture_pattern(weights, min(rows, sum(weights.values())))
             # counts[name][t]: rows of this source among the first t of the pattern
@@ -1307,7 +1278,8 @@ class StagedData:
         return name, shuffled(place, self.sources[name].windows, f"{self.recipe.seed}/{name}/{epoch}")
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """input_ids and labels of one optimizer step, 2 x [rows, T]; every token is a label."""
+        """input_ids and labels of one optimizer step, 2 x [rows, T], the same: each token but a row's first is to be
+        predicted."""
         rows = [self.row(step, i) for i in range(self.recipe.rows_per_step)]
         input_ids = torch.from_numpy(np.stack([self.sources[name].window(window) for name, window in rows]))
         return input_ids, input_ids
@@ -1330,6 +1302,10 @@ class StagedData:
 # first, divided by the root of the second, so that all weights move at a similar speed, and shrinks the weights a
 # little besides. The learning rate rises over the first steps, while those estimates are still poor, and then falls
 # along half a cosine: large steps to get there, small ones to settle.
+#
+#     m = beta1 m + (1 - beta1) g          the mean of the gradient g, and v that of its square. Both begin at 0, which
+#     v = beta2 v + (1 - beta2) g^2        m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for at step t.
+#     w = w - lr (m' / (sqrt(v') + eps) + decay w)
 # ======================================================================================================================
 
 def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
@@ -1341,8 +1317,21 @@ def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
                              fused=True)  # one pass over memory for all parameters instead of ten for each
 
 
+def make_moments(model: Danube3, optimizer: torch.optim.AdamW) -> None:
+    """Let an optimizer have its moments from the beginning. A checkpoint before the first step would make torch do it,
+    by a step without gradients, which it counts."""
+    from torch.distributed.checkpoint import state_dict  # takes two seconds to import
+    state_dict.get_optimizer_state_dict(model, optimizer)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+
+
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear to the peak, then half a cosine to the final rate, which the last step has. Step counts from 0."""
+    """Linear to the peak, then half a cosine to the final rate, which the last step has. Step counts from 0.
+
+        peak (step + 1) / warmup, and then
+        peak (f + (1 - f) (1 + cos(pi p)) / 2)     p = 0 .. 1 over the other steps, f = final_learning_rate
+    """
     warmup = max(1, round(recipe.warmup_fraction * recipe.total_steps))
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
@@ -1364,7 +1353,7 @@ MAX_SKIPPED_STEPS = 5  # in a row, before a run that has stopped making sense is
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the GPU computes in it (capability 8 and up; older ones claim it too, and emulate it), fp16 on older
-    GPUs, fp32 elsewhere."""
+    GPUs, fp32 elsewhere. bf16 has the range of fp32 with 8 bits of precision; fp16 has 11 bits and a small range."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -1374,6 +1363,94 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Matrix products in the compute type; weights, gradients and sums stay fp32."""
     dtype = compute_dtype(device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def shared_recipe(recipe: Recipe, ranks: int) -> Recipe:
+    """The recipe for so many processes or GPUs: each takes as many rows of a step, in micro-batches of at most the
+    recipe's size that divide them evenly."""
+    rows, rest = divmod(recipe.rows_per_step, ranks)
+    if rest:
+        raise DanubeError(f"a step of {recipe.rows_per_step} rows cannot be shared evenly by {ranks} processes: make "
+                          "it a multiple (--tokens-per-step, or --batch-size), or take another number of them")
+    return replace(recipe, micro_batch_size=max(n for n in range(1, recipe.micro_batch_size + 1) if rows % n == 0))
+
+
+def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3) -> int:
+    """Floating-point operations that training needs for one token: forward, and twice that backward, once for the
+    gradient of the inputs and once for that of the weights; with frozen weights the last of these 3 passes falls away.
+
+    A weight of a matrix costs one multiplication and one addition a token; the input embedding is looked up, not
+    multiplied. For every pair of a query and a key the score costs 2 h operations, and so does the weighted sum; a
+    causal row has (T + 1) / 2 keys to a query on average, and only pairs that exist are counted:
+
+        passes * (2 * weights + layers * H * (2 h + 2 h) * (T + 1) / 2)
+    """
+    c = config
+    norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
+    weights = count_parameters(c) - c.vocab_size * c.hidden_size - norms
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * 2 * (sequence_length + 1)
+    return passes * (2 * weights + attention)
+
+
+def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, gpus: int = 1,
+                 recompute: bool = False) -> dict[str, int]:
+    """Bytes that training takes on each device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
+
+    Weights, gradients and the two AdamW moments are exact; several GPUs share them, but a gradient that is summed over
+    micro-batches is held whole until it is exchanged. Of other GPUs' weights, two layers are there at a time, and
+    embedding and head throughout; gradients of a layer, and of the ends, once more while they are exchanged.
+    Activations are an estimate: what autograd keeps of a layer are the stream and its norms, six times in fp32, and the
+    inputs of the matrices and of attention in the compute type; with `recompute` that is kept of one layer, and of the
+    others the stream once. Logits count three times: themselves, softmax, gradient.
+    """
+    c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, count_parameters(config)
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
+    per_token = (4 * 6 * c.hidden_size  # fp32: the stream, what the norms keep of it, and the sums, six vectors [D]
+                 + compute_bytes * (heads + 4 * c.intermediate_size))  # gate, silu(gate), up, and their product
+    if recompute:  # all that of the one layer that is computed again, and of the others only their input
+        kept = per_token + c.num_hidden_layers * 4 * c.hidden_size
+    else:
+        kept = c.num_hidden_layers * per_token
+    ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
+    one_pass = recipe.rows_per_step == gpus * recipe.micro_batch_size
+    weight_copy = 0 if compute_bytes == 4 else compute_bytes * n
+    gathered = ((4 + 4) * ends  # fp32 weights and gradients
+                + (2 * compute_bytes + 4) * (n - ends) // c.num_hidden_layers)  # two layers' weights, one's gradient
+    return {
+        "weights (fp32)": 4 * n // gpus,
+        "gradients (fp32)": 4 * n // gpus if gpus == 1 or one_pass else 4 * n,
+        "AdamW moments (fp32)": 8 * n // gpus,
+        "weights (compute copy)" if gpus == 1 else "exchanged parts": weight_copy if gpus == 1 else gathered,
+        "activations (estimate)": tokens * kept,
+        "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * c.vocab_size,
+    }
+
+
+USABLE_MEMORY = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors [C]
+
+
+def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory: float, gpus: int = 1) -> bool:
+    """Whether layers are to be computed again in the backward pass: as wished ("on", "off"), or if it fits only so
+    ("auto"). Training that cannot fit in `gpu_memory` bytes is refused, with what would help."""
+    def needs(recipe: Recipe, gpus: int, recompute: bool) -> int:
+        return sum(memory_bytes(config, recipe, 2, gpus, recompute).values())
+
+    room, one_row = USABLE_MEMORY * gpu_memory, replace(recipe, micro_batch_size=1)
+    for choice in {"auto": (False, True), "on": (True,), "off": (False,)}[wish]:
+        if needs(recipe, gpus, choice) <= room:
+            return choice
+    more = (gpus * 2 ** i for i in range(1, 13))
+    enough = next((n for n in more if needs(one_row, n, True) <= room), None)
+    if needs(recipe, gpus, True) <= room:
+        remedy = "--recompute on"
+    elif needs(one_row, gpus, True) <= room:
+        remedy = "--micro-batch-size 1"
+    elif enough:
+        remedy = f"{enough} GPUs (torchrun --nproc-per-node; to plan: --gpus {enough})"
+    else:
+        remedy = "a shorter --sequence-length, or --chat with --lora"
+    raise DanubeError(f"training needs {needs(recipe, gpus, wish != 'off') / 1e9:,.1f} GB on each GPU, and of "
+                      f"{gpu_memory / 1e9:,.1f} GB {room / 1e9:,.1f} can be used: take {remedy}")
 
 
 def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.device) -> None:
@@ -1422,7 +1499,8 @@ def in_any_process(condition: bool, device: torch.device) -> bool:
 
 def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 10) -> float:
     """The best rate at which this device multiplies two square matrices in its compute type, in operations a second.
-    Shares of peak (mfu) are of this; others take the data sheet's, which no product reaches."""
+    The share of it that a run uses for what the model needs is its mfu, model FLOPs utilization; others take the data
+    sheet's peak for it, which no product reaches."""
     size = size if device.type == "cpu" else 4 * size
     a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
     best = math.inf
@@ -1434,8 +1512,8 @@ def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 
 
 
 def used_lengths(labels: Tensor) -> Tensor:
-    """How much of each row can matter to the loss: all up to its last label. What stands after it, padding for one, no
-    earlier token sees. labels [B, T] -> [B]"""
+    """How much of each row can matter to the loss: all up to its last label. No earlier token sees what stands after
+    it, such as padding, so it can be cut off. labels [B, T] -> [B]"""
     positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return ((labels != IGNORE) * positions).amax(dim=1)
 
@@ -1445,26 +1523,30 @@ def micro_batches(input_ids: Tensor, labels: Tensor, size: int,
     """Cut rows [N, T] into pieces of at most `size` rows, each no longer than it must be, on the model's device."""
     for ids, targets in zip(input_ids.split(size), labels.split(size)):
         length = max(1, int(used_lengths(targets).amax()))
-        yield ids[:, :length].to(device, non_blocking=True), targets[:, :length].to(device, non_blocking=True)
+        at_once = device.type == "cuda"  # elsewhere a copy that is not waited for may read memory that is free again
+        yield ids[:, :length].to(device, non_blocking=at_once), targets[:, :length].to(device, non_blocking=at_once)
 
 
 def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor, recipe: Recipe,
                step: int, scaler: torch.amp.GradScaler | None = None) -> tuple[float, float]:
     """One optimizer step on input_ids and labels [rows, T]. -> loss per labelled token, norm of the whole gradient
 
-    The loss is divided by the labels of the whole step, so that the number of micro-batches does not change it, nor
-    that of processes, each of which takes every n-th row. If loss or gradient is not finite, the weights are left as
-    they are. fp16 has no numbers below 6e-8, where many gradients lie: `scaler` multiplies the loss, and so all of
-    them, and divides again before they are used.
+        loss = sum over all labels of the step of -log p(label) / number of all labels of the step
+
+    Trap: not the mean of the micro-batches' means. If one has 10 labels and the next 1,000, each label of the first
+    would count a hundred times as much. Gradients add up from one backward() to the next, so each micro-batch's sum is
+    divided by the number for the whole step; and so it is in each of several processes, which take every n-th row.
+    fp16 has no numbers below 6e-8, where many gradients lie: `scaler` multiplies the loss, and so all of them, and
+    divides again before they are used.
     """
     device, (rank, ranks) = model.device, processes()
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    labelled = (labels[:, 1:] != IGNORE).sum().clamp(min=1).to(device)
+    labelled = (labels[:, 1:] != IGNORE).sum().clamp(min=1).to(device)  # nothing predicts the first token of a row
     loss = torch.zeros((), device=device)
     batches = list(micro_batches(input_ids[rank::ranks], labels[rank::ranks], recipe.micro_batch_size, device))
-    for ids, targets in batches:
+    for number, (ids, targets) in enumerate(batches, start=1):
         if ranks > 1:  # gradients are exchanged once, after the last
-            model.set_requires_gradient_sync(ids is batches[-1][0])  # type: ignore[operator]  # a method of FSDP2's
+            model.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]  # a method of FSDP2's
         with autocast(device):
             part = model(ids, targets) / labelled
         scaler.scale(part * ranks).backward()  # the exchange takes the mean over processes, and we want the sum
@@ -1475,7 +1557,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, recipe)
-    if torch.isfinite(loss + grad_norm):
+    if torch.isfinite(loss + grad_norm):  # or the weights are left as they are
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -1489,8 +1571,7 @@ def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_siz
     rank, ranks = (rank, ranks) if len(labels) % ranks == 0 else (0, 1)
     total = torch.zeros((), device=device)
     for ids, targets in micro_batches(input_ids[rank::ranks], labels[rank::ranks], micro_batch_size, device):
-        with autocast(device):
-            total += model(ids, targets)
+        total += model(ids, targets)
     if ranks > 1:
         dist.all_reduce(total)
     return total.item() / max(1, int((labels[:, 1:] != IGNORE).sum()))
@@ -1509,8 +1590,9 @@ class Run:
                  resume: bool, base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
         self.out, self.model, self.tokenizer, self.data, self.write_model = out, model, tokenizer, data, write_model
         self.optimizer, self.device = make_optimizer(model, data.recipe), model.device
-        free = ("save_every", "micro_batch_size")  # to change when a run goes on
-        recipe = {name: value for name, value in asdict(data.recipe).items() if name not in free}
+        make_moments(model, self.optimizer)
+        may_change = ("save_every", "micro_batch_size")  # when a run goes on
+        recipe = {name: value for name, value in asdict(data.recipe).items() if name not in may_change}
         self.identity = {"configuration": asdict(model.config), "recipe": recipe, "data": data.identity,
                          "start": {"weights": weights_sha256(base) if base else None}}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=compute_dtype(self.device) == torch.float16)
@@ -1566,11 +1648,11 @@ class Run:
             self.saved = self.step
         except FileNotFoundError as error:
             raise DanubeError(f"{folder} has no trainer.pt to go on from: choose another --out") from error
-        except DanubeError:
+        except (DanubeError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             raise DanubeError(f"{folder / 'trainer.pt'} is damaged, or from another version of this program: choose "
-                              "another --out, or remove that folder to start again") from error
+                              "another --out") from error
 
     def check_identity(self, folder: Path, made_with: dict) -> None:
         """Refuse to go on from a checkpoint that another run made, and say what was different."""
@@ -1633,7 +1715,7 @@ class Run:
                    "scaler": self.scaler.state_dict()}
         dtype, weights = compute_dtype(self.device), whole_weights(self.model, trained_only=True)
         if dtype != torch.float32 or len(self.trained_weights()) < len(self.model.state_dict()):
-            trainer["master_weights"] = weights  # the folder has them in another type, or only some of them
+            trainer["master_weights"] = weights  # those that are trained, in fp32; the folder has bf16, or adapters
         if processes()[0] == 0:
             if not all(map(is_finite, weights.values())):
                 raise DanubeError(f"the weights are not finite after step {self.step}; the last checkpoint, if any, is "
@@ -1648,8 +1730,9 @@ class Run:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once. (Not
-    under torchrun: it passes on what the terminal has sent already. It stops all when its --shutdown-timeout is over.)
+    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once. Under
+    torchrun one Ctrl-C arrives twice, from the terminal and from torchrun, so there a second one does nothing (torchrun
+    stops all when its --shutdown-timeout is over).
     """
     requests: list[int] = []
 
@@ -1669,7 +1752,8 @@ def log_validation(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> st
     """Log the loss of each source's validation rows. -> the same as a line to show"""
     recipe = run.data.recipe
     stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
-    losses = {name: mean_loss(run.model, *rows, recipe.micro_batch_size) for name, rows in validation.items()}
+    with autocast(run.device):
+        losses = {name: mean_loss(run.model, *rows, recipe.micro_batch_size) for name, rows in validation.items()}
     run.write(step=run.step, stage=stage, tokens=run.tokens, val_loss=losses)
     parts = (f"{name} {loss:.3f} ({math.exp(min(loss, 99)):,.1f})" for name, loss in losses.items())
     return f"step {run.step}, validation loss (perplexity): {', '.join(parts)}"
@@ -1708,8 +1792,9 @@ def train(run: Run) -> bool:
             loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
             rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
             flops = flops_per_token(model.config, tokens // len(labels), passes=2 if frozen else 3)
-            # With a finite loss, a gradient that is not was only scaled too far: the scale is halved, and all is well.
-            skipped = not finite and not (math.isfinite(loss) and run.scaler.get_scale() > 1)
+            # fp16: a finite loss with a gradient that is not was scaled too far. The scaler has halved its scale.
+            overscaled = math.isfinite(loss) and run.scaler.get_scale() > 1
+            skipped = not finite and not overscaled
             run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, run.skipped + 1 if skipped else 0
             run.write(step=run.step, stage=stage, tokens=run.tokens, loss=loss if finite else None,
                       lr=learning_rate(run.step - 1, recipe), grad_norm=grad_norm if finite else None,
@@ -1742,7 +1827,7 @@ def short_count(number: float) -> str:
     return f"{number:.0f}"
 
 
-GPU_FLOPS = 4e14  # a second, that a run reaches: about 40 % of an H100's bf16 peak [C]
+GPU_FLOPS = 4e14  # a second, that a run is assumed to reach: about 40 % of an H100's bf16 peak [C]
 
 
 def describe_run(config: DanubeConfig, recipe: Recipe, gpus: int = 1, recompute: bool = False,
@@ -1911,14 +1996,16 @@ def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch_size: int, lora: bool) -> Recipe:
     """One stage an epoch, and constants that are all [C] but one: H2O LLM Studio's default, 1e-4 for adapters. All
-    weights together take a tenth of that, or they forget what they knew; a narrower model can take more. Tokens are
+    weights together take a tenth of that, or they forget what they knew; a model narrower than 500m (1,536) takes more
+    in proportion. Tokens are
     counted as if all rows were as long as the longest; what is read in fact is in metrics.jsonl."""
     longest, batch_size = max(row.shape[1] for row in rows), min(batch_size, len(rows))
-    micro_batches = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
-    steps = -(-len(rows) // batch_size)  # of an epoch, rounded up: nothing is left out
-    stages = tuple(Stage(f"epoch {i + 1}", steps * batch_size * longest, {"chat": 1}) for i in range(epochs))
+    sizes = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
+    ends = [-(-(i + 1) * len(rows) // batch_size) for i in range(epochs)]  # steps; rounded up, nothing is left out
+    stages = tuple(Stage(f"epoch {i + 1}", (end - start) * batch_size * longest, {"chat": 1})
+                   for i, (start, end) in enumerate(zip([0, *ends], ends)))
     return Recipe(stages, sequence_length=longest, tokens_per_step=batch_size * longest,
-                  micro_batch_size=max(micro_batches, default=1),
+                  micro_batch_size=max(sizes, default=1),
                   learning_rate=(1e-4 if lora else 1e-5) * 1536 / config.hidden_size, weight_decay=0.0,
                   warmup_fraction=0.05, save_every=500)
 
@@ -1954,7 +2041,7 @@ class ChatData:
         return {"chat": pad_rows(sorted(self.held_out, key=lambda row: -row.shape[1]))}
 
 
-LORA_ALPHA = 16  # the correction's scale is alpha / rank: H2O LLM Studio's default, with which Danube3 was tuned
+LORA_ALPHA = 16  # the correction's scale is alpha / rank: H2O LLM Studio's default; Danube3's own is not published [C]
 
 
 class LoRALinear(nn.Module):
@@ -1967,9 +2054,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer: "nn.Linear | QuantizedLinear", rank: int, alpha: float = LORA_ALPHA) -> None:
         super().__init__()
         self.base_layer, self.scale = base_layer, alpha / rank
-        device = next(iter(base_layer.state_dict().values())).device
-        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, device=device)
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         y = self.base_layer(x)
@@ -1992,11 +2078,11 @@ def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
         raise DanubeError(f"--lora {rank}: the rank must be from 1 to {smallest}, the size of the smallest matrix")
     model.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, (RMSNorm, nn.Embedding)):
-            module.float()  # and with them the stream between the layers, whatever type the matrices have
+        if isinstance(module, RMSNorm):
+            module.float()  # and with them the stream, whatever type the matrices have
     generator = torch.Generator(device=model.device).manual_seed(seed)
     for name, linear in layer_linears(model).items():
-        lora = LoRALinear(linear, rank)
+        lora = LoRALinear(linear, rank).to(model.device)
         nn.init.normal_(lora.lora_A.weight, std=linear.in_features ** -0.5, generator=generator)
         nn.init.zeros_(lora.lora_B.weight)
         model.set_submodule(name, lora)
@@ -2049,7 +2135,7 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
         raise DanubeError(f"{folder / 'adapter_config.json'} is no plain LoRA, for {reason}: only that can be read")
     weights = {name.removeprefix(PEFT_PREFIX): w for name, w in read_tensors(folder / "adapter_model.safetensors")}
     for name in {name.rpartition(".lora_")[0] for name in weights} & linears.keys():
-        model.set_submodule(name, LoRALinear(linears[name], rank, alpha))
+        model.set_submodule(name, LoRALinear(linears[name], rank, alpha).to(model.device))
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if ".lora_" in name}
     if expected != {name: tuple(weight.shape) for name, weight in weights.items()}:
         raise DanubeError(f"{folder / 'adapter_model.safetensors'} does not fit the model it names as its base: copy "
@@ -2061,8 +2147,9 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
 # ======================================================================================================================
 # 11. Evaluation
 #
-# Three ways to examine a language model: how much a text surprises it (perplexity), which of several continuations it
-# finds likeliest (multiple choice), and what it says by itself (free answers). Each gives a dict of numbers.
+# The training loss says that a model learns, not what it can do. Three ways to examine it: how much a text surprises it
+# (perplexity), which of several continuations it finds likeliest (multiple choice, and the labels of texts), and what
+# it says by itself (free answers). Each gives a dict of numbers.
 # ======================================================================================================================
 
 def read_text(path: str | Path) -> str:
@@ -2075,8 +2162,9 @@ def read_text(path: str | Path) -> str:
 
 def windows_of(ids: list[int], context: int, stride: int) -> tuple[Tensor, Tensor]:
     """A long text as rows of input_ids and labels, 2 x [N, context]: windows that move on by `stride`, in which every
-    token but the first is a label once, after at least context - stride tokens, where there are so many before it."""
-    rows, labelled = [], 1
+    token but the first is a label once, after at least context - stride tokens, where there are so many before it. Of
+    ten ids, with context 4 and stride 2, these are labels: 1 2 3, 4 5, 6 7, 8 9."""
+    rows, labelled = [], 1  # id 0 has nothing before it
     for start in range(0, len(ids), stride):
         window = np.array(ids[start:start + context])                        # [T]
         new = np.arange(start, start + len(window)) >= labelled
@@ -2132,10 +2220,11 @@ def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]
         size = max(1, LOGIT_ROWS // length)  # logits are the largest tensor here
         picks, left = left[:size], left[size:]
         input_ids = torch.tensor([rows[i][0] + [0] * (length - len(rows[i][0])) for i in picks], device=device)
-        log_p = model(input_ids)[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]  # [B, T-1]
-        for i, row in zip(picks, log_p):
+        log_p = model(input_ids)[:, :-1].log_softmax(-1)             # [B, T-1, V], at t for the token at t + 1
+        log_p = log_p.gather(-1, input_ids[:, 1:, None])[..., 0]     # [B, T-1], of the token that stands there
+        for i, scores in zip(picks, log_p):
             ids, start = rows[i]
-            results[i] = row[start - 1:len(ids) - 1].sum().item()
+            results[i] = scores[start - 1:len(ids) - 1].sum().item()  # scores[t - 1] is that of ids[t]
         bar.update(len(picks))
     bar.close()
     return results
@@ -2261,24 +2350,28 @@ def as_table(results: dict[str, float]) -> str:
 # 12. Quantization
 #
 # A trained weight needs far fewer than 16 bits. int8 gives each row of a matrix one scale and each weight one of 255
-# steps; int4 gives every 32 weights a scale and each one of 16 steps. Writing one token means reading every weight
-# once, so a quarter of the bytes can be four times the speed. Rounding each weight to its nearest step is simple, and
+# levels; int4 gives every 32 weights a scale and each one of 16 levels. Writing one token means reading every weight
+# once, so a quarter of the bytes can be four times the speed. Rounding each weight to its nearest level is simple, and
 # at 8 bits enough; at 4 bits GPTQ does better: it rounds column by column, and lets the columns still to come make up
 # for the error just made. What both formats can hold, GGUF files can hold too (as Q8_0 and Q4_0), value for value.
 # ======================================================================================================================
 
 GROUP = 32  # weights that share a scale in int4, and in GGUF files
-# Bits of each part of the model [C]. Of embedding and head, which are of one size, an int4 model keeps one at 8: when
-# it is rounded to nearest the head; with GPTQ, which does much for a head and nothing for an embedding, the other.
-# tests/bench_quantize.py measures it.
+# Bits of each part of the model [C]. An int4 model keeps either the head or the embedding, which are equally large, at
+# 8 bits. Rounded to nearest: the head, where errors cost more. With GPTQ: the embedding, since GPTQ repairs a head, and
+# cannot repair what is looked up and not multiplied. tests/bench_quantize.py measures it.
 SCHEMES = {"int8": {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
            "int4": {"model.embed_tokens": 4, "model.layers": 4, "lm_head": 8},
            "int4 GPTQ": {"model.embed_tokens": 8, "model.layers": 4, "lm_head": 4}}
 
 
 def as_stored(scales: Tensor) -> Tensor:
-    """Scales under 2^-14 as fp16 will hold them, with few digits or none, so that the codes are made for that. Larger
-    ones, of which fp16 loses little, as they are: GGUF's own codes are made for unrounded scales."""
+    """The scales as fp16 will hold them, where it holds them badly.
+
+    Below 2^-14 fp16 has fewer and fewer digits, and below 3e-8 none. A code made for the exact scale would be wrong for
+    the stored one, so such scales are rounded first. Above, rounding changes a scale by less than 0.05 %, and llama.cpp
+    makes its codes for the unrounded one: so do we, to get the same codes.
+    """
     return torch.where(scales.abs() < 2 ** -14, scales.half().float(), scales)
 
 
@@ -2288,21 +2381,23 @@ def inverse(scales: Tensor) -> Tensor:
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to steps of max|w| / 127. weight [N, K] -> codes int8 [N, K], scales fp16 [N]"""
+    """w is about code * scale, with the scale max|w| / 127 of its row. weight [N, K] -> codes int8 [N, K], scales fp16
+    [N]"""
     weight = weight.float()
     scales = as_stored(weight.abs().amax(dim=1) / 127)                    # [N]
-    steps = weight * inverse(scales)[:, None]                             # [N, K], -127 .. 127
-    codes = (steps.abs() + 0.5).floor().clamp(max=127) * steps.sign()     # halves away from zero, as GGUF does
+    scaled = weight * inverse(scales)[:, None]                            # [N, K], -127 .. 127
+    codes = (scaled.abs() + 0.5).floor().clamp(max=127) * scaled.sign()   # halves away from zero, as GGUF does
     return codes.to(torch.int8), scales.half()
 
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each group of 32 to steps of d, 16 of them from -8 d to 7 d, where -8 d is the largest weight, with its
-    sign: d is negative where that is positive. weight [N, K] -> codes uint8 [N, K], scales fp16 [N, K / 32]"""
+    """w is about (code - 8) * d, codes 0 .. 15, with a scale d for each group of 32, such that the largest weight is
+    -8 d, with its sign: d is negative where that is positive. weight [N, K] -> codes uint8 [N, K], scales fp16
+    [N, K / 32]"""
     groups = weight.float().unflatten(1, (-1, GROUP))                     # [N, K/32, 32]
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [N, K/32, 1]
     scales = as_stored(largest / -8)
-    codes = (groups * inverse(scales) + 8.5).floor().clamp(0, 15)
+    codes = (groups * inverse(scales) + 8.5).floor().clamp(0, 15)         # w / d + 8, rounded
     return codes.flatten(1).to(torch.uint8), scales[..., 0].half()
 
 
@@ -2310,7 +2405,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     """Two codes to a byte, as in GGUF: byte j of a group holds code j in its lower four bits and code j + 16 in its
     upper four. uint8 [.., K] -> uint8 [.., K / 2]"""
     low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)  # 2 x [.., K/32, 16]
-    return (low | high << 4).flatten(-2)
+    return (low | (high << 4)).flatten(-2)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
@@ -2323,12 +2418,13 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """int8 [.., K] with scales [..], or packed int4 [.., K / 2] with scales [.., K / 32] -> fp32 [.., K]"""
     if codes.dtype == torch.int8:
         return codes.float() * scales.float()[..., None]
-    steps = unpack_int4(codes).unflatten(-1, (-1, GROUP)).float() - 8  # [.., K/32, 32]
-    return (steps * scales.float()[..., None]).flatten(-2)
+    levels = unpack_int4(codes).unflatten(-1, (-1, GROUP)).float() - 8  # [.., K/32, 32]
+    return (levels * scales.float()[..., None]).flatten(-2)
 
 
 class DequantizedMatmul(torch.autograd.Function):
-    """x W^T for a frozen, quantized W, which is dequantized a second time for the gradient of x rather than kept."""
+    """x W^T for a frozen, quantized W, such as adapters are trained beside. W is dequantized a second time for the
+    gradient of x rather than kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # x [.., K] -> [.., N]
@@ -2351,9 +2447,9 @@ class QuantizedLinear(nn.Module):
     codes: Tensor   # int8 [out, in], or two int4 to a byte, uint8 [out, in / 2]
     scales: Tensor  # fp16 [out], or [out, in / 32]
 
-    def __init__(self, out_features: int, in_features: int, bits: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, out_features: int, in_features: int, bits: int) -> None:
         super().__init__()
-        self.out_features, self.in_features, self.bits, self.dtype = out_features, in_features, bits, dtype
+        self.out_features, self.in_features, self.bits = out_features, in_features, bits
         if bits == 8:
             codes, scales = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
         else:
@@ -2382,7 +2478,8 @@ class QuantizedLinear(nn.Module):
             del self.codes, self.scales
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
-        if self.packed is None or self.bits == 8 and x.numel() > 16 * self.in_features:
+        many = x.numel() > 16 * self.in_features  # vectors: the int8 kernel is made for few, and slow for more
+        if self.packed is None or self.bits == 8 and many:
             return DequantizedMatmul.apply(x, self.codes, self.scales)
         rows = x.reshape(-1, self.in_features).bfloat16()
         if self.bits == 8:
@@ -2399,7 +2496,7 @@ class QuantizedEmbedding(QuantizedLinear):
         pass  # its rows are looked up, not multiplied
 
     def forward(self, input_ids: Tensor) -> Tensor:  # [B, T] -> [B, T, in]
-        return dequantize(self.codes[input_ids], self.scales[input_ids]).to(self.dtype)
+        return dequantize(self.codes[input_ids], self.scales[input_ids])
 
 
 def bits_of(name: str, scheme: dict[str, int]) -> int | None:
@@ -2408,13 +2505,13 @@ def bits_of(name: str, scheme: dict[str, int]) -> int | None:
     return None if "norm" in name else next(matches, None)
 
 
-def use_scheme(model: Danube3, scheme: dict[str, int], dtype: torch.dtype = torch.float32) -> Danube3:
+def use_scheme(model: Danube3, scheme: dict[str, int]) -> Danube3:
     """Put a QuantizedLinear, without its codes yet, in place of each matrix."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (nn.Linear, nn.Embedding)) and (bits := bits_of(name, scheme)):
             kind = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
             out_features, in_features = module.weight.shape
-            model.set_submodule(name, kind(out_features, in_features, bits, dtype))
+            model.set_submodule(name, kind(out_features, in_features, bits))
     return model
 
 
@@ -2428,23 +2525,30 @@ def read_scheme(folder: Path) -> dict[str, int] | None:
     return scheme
 
 
-# GPTQ (arXiv 2210.17323). For a linear layer y = W x, an error E of W costs the mean of |E x|^2, which is the trace of
-# E H E^T with H = mean of x x^T over the calibration data. Rounding column i of W makes an error in that column; the
-# best answer of the columns after it is to move by -error / U_ii * U_i, with U the upper Cholesky factor of H^-1. What
-# the error costs after that answer is its square times 1 / U_ii^2: the importance of column i.
+# GPTQ (arXiv 2210.17323). For y = W x, an error E of W costs the mean of |E x|^2 = trace(E C E^T), with C the mean of
+# x x^T over the calibration data (called the hessian; any multiple of it will do). Each row e of E is a problem of its
+# own:
+#
+#     1  Rounding weight i fixes e_i. The weights after it are still free: choose theirs so that e C e^T is smallest.
+#     2  The answer is e = e_i P_1 / P_11, at the cost e_i^2 / P_11: P is the inverse of what is left of C (rows and
+#        columns i, i + 1, ..), and P_1 its first row.
+#     3  One factorisation has all these inverses in it: with C^-1 = U^T U, U upper triangular, P_1 = U_ii U_i and
+#        P_11 = U_ii^2. So the weights j > i move by -(w_i - rounded w_i) U_ij / U_ii, and 1 / U_ii^2 says how much the
+#        rounding error of column i counts: its importance.
 
 def search_scales(groups: Tensor, importance: Tensor) -> Tensor:
     """The scale of each group that makes its error, weighted by importance, smallest. groups [N, 32], importance [32]
     -> [N]. Tried are 0.6 to 1.2 times quantize_int4's own and -0.7 to -1.3 times it (which puts the largest weight on
-    the side of the seven steps) [C], each of them fitted to the codes that it makes."""
+    the side of the seven levels) [C], each of them fitted to the codes that it makes."""
     largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))  # [N, 1]
     best, lowest = largest[:, 0] / -8, torch.full_like(largest[:, 0], math.inf)
     for factor in torch.cat((torch.linspace(0.6, 1.2, 25), torch.linspace(-1.3, -0.7, 25))).tolist():
         scales = as_stored(largest / -8 * factor)
-        steps = (groups * inverse(scales) + 0.5).floor().clamp(-8, 7)      # [N, 32]
-        fitted = (importance * groups * steps).sum(1) * inverse((importance * steps * steps).sum(1))  # least squares
+        levels = (groups * inverse(scales) + 0.5).floor().clamp(-8, 7)     # [N, 32], code - 8
+        # the s for which the sum of a (w - s level)^2 is smallest is sum(a w level) / sum(a level^2), a = importance
+        fitted = (importance * groups * levels).sum(1) * inverse((importance * levels * levels).sum(1))
         fitted = fitted.half().float()
-        error = (importance * (groups - fitted[:, None] * steps) ** 2).sum(1)
+        error = (importance * (groups - fitted[:, None] * levels) ** 2).sum(1)
         best, lowest = torch.where(error < lowest, fitted, best), torch.minimum(error, lowest)
     return best
 
@@ -2460,15 +2564,16 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor
     codes, scales = torch.empty_like(weight, dtype=torch.uint8), weight.new_empty(len(weight), K // GROUP)
     for start in range(0, K, GROUP):
         end = start + GROUP
-        block, errors = weight[:, start:end], torch.empty(len(weight), GROUP, device=weight.device)
+        block = weight[:, start:end]  # a view: what changes it changes weight
+        moves = torch.empty(len(weight), GROUP, device=weight.device)
         scale = search_scales(block, upper.diagonal()[start:end] ** -2)
         for i in range(GROUP):
             row = upper[start + i, start:end]                                     # [32]
             code = (block[:, i] * inverse(scale) + 8.5).floor().clamp(0, 15)      # [N]
-            errors[:, i] = (block[:, i] - scale * (code - 8)) / row[i]
-            block[:, i + 1:] -= errors[:, i, None] * row[i + 1:]
+            moves[:, i] = (block[:, i] - scale * (code - 8)) / row[i]
+            block[:, i + 1:] -= moves[:, i, None] * row[i + 1:]
             codes[:, start + i] = code.to(torch.uint8)
-        weight[:, end:] -= errors @ upper[start:end, end:]
+        weight[:, end:] -= moves @ upper[start:end, end:]                         # the columns after the group
         scales[:, start // GROUP] = scale
     return codes, scales.half()
 
@@ -2689,8 +2794,7 @@ def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.n
     """The tensors of a checkpoint one by one, as a GGUF file holds them: name, values or blocks, type"""
     codes, scheme = {}, read_scheme(source)
     with torch.device("meta"):
-        model = Danube3(config)
-        model = use_scheme(model, scheme) if scheme else model
+        model = use_scheme(Danube3(config), scheme or {})
     for name, tensor in checked_weights(source, model):
         module, _, kind = name.rpartition(".")
         tensor = rows_for_gguf(name, tensor.half() if kind == "weight" and tensor.dim() == 2 else tensor, config)
@@ -2780,7 +2884,8 @@ def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, s
 # ======================================================================================================================
 # 13. Command line: what the programs beside this file share
 #
-# A folder of any kind opened by one function, a conversation at the keyboard, and errors in one line.
+# Three programs need the same folders, flags and error messages; here they are once: a folder of any kind opened by one
+# function, a conversation at the keyboard, and errors in one line.
 # ======================================================================================================================
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
@@ -2788,7 +2893,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     """Model, in eval mode and in `dtype` (default: as stored), and tokenizer of a checkpoint, run or published folder,
     of a quantized one (to `pack` it makes it fast and unfit for training), or of adapters, which name their base."""
     folder = find_checkpoint(path)
-    verify_digests(folder)
+    verify_digests(folder, but="trainer.pt")  # three times as large as the weights, and not needed here
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not Path(base).is_dir():
@@ -2801,12 +2906,15 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         return load_adapter(model, folder).eval(), tokenizer
     config, scheme = read_config(folder), read_scheme(folder)
     with torch.device("meta"):
-        model = Danube3(config)
-        if scheme:
-            dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
-            model = use_scheme(model, scheme, dtype)
-    packable = QuantizedLinear if pack else ()
-    load_weights(model, folder, device, dtype, lambda module: module.pack() if isinstance(module, packable) else None)
+        model = use_scheme(Danube3(config), scheme or {})
+    if scheme:
+        dtype = dtype or compute_dtype(torch.device(device))
+
+    def filled(module: nn.Module) -> None:
+        if pack and isinstance(module, QuantizedLinear):
+            module.pack()
+
+    load_weights(model, folder, device, dtype, filled)
     return model.eval(), read_tokenizer(folder, config)
 
 
@@ -2814,13 +2922,12 @@ def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData
     """What a run has come to: curves, a few words from a model that continues text, and the quiz where there is one."""
     if curves := plot_curves(out, data.recipe):
         print(f"curves in {curves}")
-    with autocast(model.device):  # adapters over a base in half precision need it
-        for seed in range(2) if isinstance(data, StagedData) else ():
-            prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
-            ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
-            print(f"--- a sample\n{tokenizer.decode(ids)}")
-        if quiz.is_file():
-            print(f"--- {quiz}\n{as_table(evaluate(model, tokenizer, quiz))}")
+    for seed in range(2) if isinstance(data, StagedData) else ():
+        prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
+        ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
+        print(f"--- a sample\n{tokenizer.decode(ids)}")
+    if quiz.is_file():
+        print(f"--- {quiz}\n{as_table(evaluate(model, tokenizer, quiz))}")
 
 
 class Conversation:
@@ -2860,7 +2967,8 @@ class Conversation:
             raise DanubeError(f"that is {len(ids):,} tokens, and {self.room:,} fit: shorten it")
         while sum(map(len, self.exchanges)) + len(ids) > self.room:
             del self.exchanges[0]
-            self.kv_cache.length, forgotten = 0, forgotten + 1
+            forgotten += 1
+            self.kv_cache.length = 0  # every later token moves, and its key was turned for the old place
         self.messages.append(message)
         return ids, forgotten
 

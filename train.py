@@ -54,8 +54,10 @@ def arguments() -> argparse.Namespace:
         parser.error("--merge needs --lora" if args.init else "--chat needs --init, the model to start from")
     if (args.gpus or args.gpu_memory) and not args.dry_run:
         parser.error("--gpus and --gpu-memory are for --dry-run: to train on several, start train.py with torchrun")
-    if args.merge and args.merge.exists() or args.lora and args.dry_run:
-        parser.error(f"{args.merge} already exists" if args.merge else "--dry-run plans a training without --lora only")
+    if args.merge and args.merge.exists():
+        parser.error(f"{args.merge} already exists")
+    if args.lora and args.dry_run:
+        parser.error("--dry-run plans a training without --lora only")
     return args
 
 
