@@ -306,7 +306,8 @@ def tied_embeddings(danube3):
     Write tie_embeddings(model) -> model: embedding and head become one matrix, the embedding's, which learns from both
     uses.
     Hint: two modules may hold the same nn.Parameter. Two parameters that share memory are something else.
-    Observe: which share of the parameters do 500m and toy save? What do save_checkpoint and read_config say to it?
+    Observe: which share of their parameters do 500m and toy save? Can such a model be saved, and what would its
+    config.json have to say?
     """
     tie = find(danube3, "tie_embeddings")
     model, separate = random_model(danube3), random_model(danube3)
@@ -382,7 +383,7 @@ def repetition_penalty(danube3):
 
     Write repetition_penalty(logits, seen_ids, penalty) -> new logits [B, V], for logits [B, V] and seen_ids [B, S]: the
     logit of every id that a row has seen is divided by `penalty` where it is positive and multiplied by it where it is
-    negative (CTRL, arXiv 1909.05858). How often an id was seen does not matter.
+    negative. How often an id was seen does not matter. (CTRL, arXiv 1909.05858, only divides: why is that not enough?)
     Hint: gather and scatter.
     Observe: call it in generate_tokens. What happens to the </s> of a conversation's earlier turns?
     """
@@ -466,7 +467,8 @@ def fourth_stage(danube3):
     Write with_stage(recipe, name, tokens, mixture) -> Recipe: a new last stage of so many tokens, taken from the stage
     that was the last, so that the total stays. If that has not more than these tokens to give: a DanubeError.
     Hint: the dataclasses are frozen; dataclasses.replace makes a changed copy.
-    Observe: python train.py --dry-run with your recipe. At which learning rate is the new stage read?
+    Observe: make it the recipe of RECIPES["toy"] and look at python train.py --dry-run. At which learning rates is the
+    new stage read?
     """
     with_stage, recipe = find(danube3, "with_stage"), danube3.RECIPES["toy"]
     mixture = dict(zip(danube3.SOURCES, (1, 2, 3, 0, 5, 0)))
@@ -723,7 +725,7 @@ def rows_from_gguf(danube3):
 
     Write rows_from_gguf(name, tensor, config) -> tensor: the reverse of rows_for_gguf.
     Hint: is the order 0, h/2, 1, h/2 + 1, .. its own reverse?
-    Observe: that a model with rows in the wrong order still writes words, of a kind.
+    Observe: leave q_proj and k_proj of a trained toy in the order of GGUF, and let it speak.
     """
     back = find(danube3, "rows_from_gguf")
     for H, K, h in ((6, 2, 10), (4, 1, 4), (3, 3, 6)):

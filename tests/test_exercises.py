@@ -109,6 +109,15 @@ def test_the_solution_is_accepted(name, load):
     assert exercises.verdict(name, load(solutions.solved(SOURCE, name))) is None
 
 
+def test_all_solutions_at_once(load):
+    """Whoever goes on in one file is not led astray either."""
+    source = SOURCE
+    for name in BUILDS:
+        source = solutions.solved(source, name)
+    danube3 = load(source)
+    assert [(name, sentence) for name in BUILDS if (sentence := exercises.verdict(name, danube3))] == []
+
+
 @pytest.mark.parametrize("name, right, wrong, words", MISTAKES, ids=[f"{i}-{m[0]}" for i, m in enumerate(MISTAKES)])
 def test_a_mistake_is_not_accepted(name, right, wrong, words, load):
     source = solutions.solved(SOURCE, name)
