@@ -12,11 +12,11 @@ is all of it, to be read from top to bottom.
      6  Checkpoints         a checkpoint is a Hugging Face folder, written whole or not at all
      7  Data                token shards, and the staged mixture as a pure function of the step
      8  Optimizer           AdamW, and the learning rate over the steps
-     9  Training            one loop
+     9  Training            what a run costs, several GPUs, one loop
     10  Chat fine-tuning    conversations as batches; LoRA
     11  Evaluation          perplexity, multiple choice by likelihood, labels of texts, free answers
     12  Quantization        int8, int4, GPTQ; GGUF files
-    13  Command line        opening any folder, talking, and what train.py and sample.py share
+    13  Command line        opening any folder, talking, and what the programs share
 
 The letters in every shape comment:
 
@@ -471,7 +471,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
     share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
-    if not share:  # of the kernels of a GPU that keep no [T, S] scores, only the one for bf16 without a mask shares heads
+    if not share:  # of a GPU's kernels that keep no [T, S] scores, only the one for bf16 without a mask shares heads
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
 
@@ -717,9 +717,14 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     if not 1 <= T <= context:
         raise DanubeError(f"a prompt of {T} tokens does not fit a context of 1 to {context}: shorten it")
     generator = torch.Generator(device=input_ids.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    if seed is None:
+        generator.seed()  # a random one
+    else:
+        generator.manual_seed(seed)
     end = min(T + max_new_tokens, context)
     kv_cache = kv_cache or KVCache(model.config, B, end, model.dtype, input_ids.device)
+    if kv_cache.length >= T:
+        raise DanubeError(f"a cache of {kv_cache.length} tokens leaves nothing to ask of a prompt of {T}")
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for _ in range(end - T):
@@ -878,6 +883,7 @@ def read_config(folder: Path) -> DanubeConfig:
     values.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))  # the default that transformers takes
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     values.setdefault("initializer_range", 0.02)
+    # older folders lack head_dim: transformers' default
     D, H = values.get("hidden_size"), values.get("num_attention_heads")
     values.setdefault("head_dim", D // H if isinstance(D, int) and isinstance(H, int) and H else 0)
     required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -915,8 +921,8 @@ def write_tensors(folder: Path, name: str, weights: dict[str, Tensor], trainer: 
         if trainer is not None:
             torch.save(trainer, folder / "trainer.pt")
     except (safetensors.SafetensorError, RuntimeError) as error:  # how these two report a full disk
-        reason = str(error).splitlines()[0]
-        raise DanubeError(f"{folder} could not be written ({reason}): make room on the disk") from error
+        reason = " ".join(str(error).split())[:200]
+        raise DanubeError(f"{folder} could not be written ({reason}): is there room on the disk?") from error
 
 
 # Several GPUs. torchrun starts this program once for each GPU: `ranks` processes, of which this one has the number
@@ -2071,8 +2077,8 @@ def layer_linears(model: Danube3) -> dict[str, Any]:
 
 
 def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
-    """Freeze the model and put an adapter beside each matrix of its layers. A is normal, with outputs of the size of
-    its inputs; B zero."""
+    """Freeze the model and put an adapter beside each matrix of its layers. A is normal, with outputs of the
+    magnitude of its inputs; B zero."""
     smallest = min(model.config.hidden_size, model.config.num_key_value_heads * model.config.head_dim)
     if not 1 <= rank <= smallest:
         raise DanubeError(f"--lora {rank}: the rank must be from 1 to {smallest}, the size of the smallest matrix")
@@ -2272,8 +2278,9 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
         per_character = [score / len(choice) for score, choice in zip(scores, question["choices"])]
         right.append([each.index(max(each)) == question["answer"] for each in (scores, per_character)])
     acc, acc_norm = np.mean(right, axis=0).tolist()
-    return {"questions": len(questions), "acc": acc, "acc_stderr": math.sqrt(acc * (1 - acc) / len(questions)),
-            "acc_norm": acc_norm, "guessing": float(np.mean([1 / len(question["choices"]) for question in questions]))}
+    stderr = math.sqrt(acc * (1 - acc) / max(1, len(questions) - 1))
+    guessing = float(np.mean([1 / len(question["choices"]) for question in questions]))
+    return {"questions": len(questions), "acc": acc, "acc_stderr": stderr, "acc_norm": acc_norm, "guessing": guessing}
 
 
 def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> dict[str, float]:
@@ -2737,6 +2744,13 @@ def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, sp
     return ids[:len(ids) // length * length].view(-1, length)[:count]
 
 
+def stored_tensors(model: Danube3) -> Iterator[tuple[str, Tensor]]:
+    """All that a model holds, packed or not."""
+    for name, module in model.named_modules():
+        own = getattr(module, "packed", None) or [*module.parameters(False), *module.buffers(False)]
+        yield from ((name, tensor) for tensor in own)
+
+
 @torch.no_grad()
 def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
     """Tokens a second, one at a time after a prompt of 8, and the bytes of weights read for them a second; the best of
@@ -2751,13 +2765,6 @@ def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
         next_ids.item()  # waits for the device
         best = min(best, (time.perf_counter() - start) / tokens)
     return 1 / best, sum(t.nbytes for name, t in stored_tensors(model) if "embed_tokens" not in name) / best
-
-
-def stored_tensors(model: Danube3) -> Iterator[tuple[str, Tensor]]:
-    """All that a model holds, packed or not."""
-    for name, module in model.named_modules():
-        own = getattr(module, "packed", None) or [*module.parameters(False), *module.buffers(False)]
-        yield from ((name, tensor) for tensor in own)
 
 
 # A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
@@ -2812,6 +2819,40 @@ def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.n
             yield gguf_name(name), tensor.numpy(), "F16"
 
 
+def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, scheme: dict[str, int] | None) -> None:
+    """The sizes of the model and the pieces of its tokenizer, under GGUF's keys. `writer` is a gguf.GGUFWriter."""
+    c, pieces = config, tokenizer.pieces
+    writer.add_quantization_version(2)
+    writer.add_file_type(1 if scheme is None else 7 if scheme["model.layers"] == 8 else 2)  # F16, Q8_0, Q4_0
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_vocab_size(c.vocab_size)
+    unused = range(pieces.vocab_size(), c.vocab_size)  # a model's vocabulary may be padded
+    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1
+             for i in range(pieces.vocab_size())]  # unknown, control, byte, normal
+    writer.add_tokenizer_model("llama")
+    ids = range(pieces.vocab_size())
+    writer.add_token_list([pieces.id_to_piece(i) for i in ids] + [f"<unused{i}>" for i in unused])
+    writer.add_token_scores([pieces.get_score(i) for i in ids] + [0.0 for _ in unused])
+    writer.add_token_types(kinds + [5 for _ in unused])
+    writer.add_bos_token_id(c.bos_token_id)
+    writer.add_eos_token_id(c.eos_token_id)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(c.pad_token_id)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_space_prefix(True)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
 def write_gguf(source: Path, path: Path) -> None:
     """Write a checkpoint as a GGUF file: Q8_0 and Q4_0 as it is quantized, F16 if it is not. Tensors are read twice,
     since the file begins with the list of them, and memory never holds the whole."""
@@ -2845,40 +2886,6 @@ def write_gguf(source: Path, path: Path) -> None:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, scheme: dict[str, int] | None) -> None:
-    """The sizes of the model and the pieces of its tokenizer, under GGUF's keys. `writer` is a gguf.GGUFWriter."""
-    c, pieces = config, tokenizer.pieces
-    writer.add_quantization_version(2)
-    writer.add_file_type(1 if scheme is None else 7 if scheme["model.layers"] == 8 else 2)  # F16, Q8_0, Q4_0
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_vocab_size(c.vocab_size)
-    unused = range(pieces.vocab_size(), c.vocab_size)  # a model's vocabulary may be padded
-    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1
-             for i in range(pieces.vocab_size())]  # unknown, control, byte, normal
-    writer.add_tokenizer_model("llama")
-    ids = range(pieces.vocab_size())
-    writer.add_token_list([pieces.id_to_piece(i) for i in ids] + [f"<unused{i}>" for i in unused])
-    writer.add_token_scores([pieces.get_score(i) for i in ids] + [0.0 for _ in unused])
-    writer.add_token_types(kinds + [5 for _ in unused])
-    writer.add_bos_token_id(c.bos_token_id)
-    writer.add_eos_token_id(c.eos_token_id)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(c.pad_token_id)
-    writer.add_add_bos_token(tokenizer.add_bos)
-    writer.add_add_space_prefix(True)
-    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 # ======================================================================================================================

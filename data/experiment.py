@@ -1,12 +1,14 @@
-"""The report's idea put to the test: `python data/experiment.py` trains the toy in three orders (an hour on two cores).
+"""The report's idea put to the test: `python data/experiment.py --csv out/experiment.csv` trains toys in three orders.
 
 Is it better to read the clean text last? Three orders of the same tokens of every source: the report's stages, the same
-text mixed evenly from first to last ("constant"), and the stages backwards ("reversed"); five seeds each, everything
-else equal, and after each the same chat fine-tuning. What is measured, and how it is weighed, was fixed before the
-first run: of every outcome the difference to "constant", paired by seed, its mean, and a 95 % interval by Student's t.
+text mixed evenly from first to last ("constant"), and the stages backwards ("reversed"); five seeds each, all else
+equal, and after each the same chat fine-tuning. Of every outcome: the difference to "constant", paired by seed, its
+mean, and a 95 % interval by Student's t, not corrected for the number of outcomes. (Fixed before the other two orders
+were run, and before statements and losses were looked at; quiz and chat results of the staged runs were known.)
 The main outcome is `statements`: a bare "Nolva Crandle lives in", where nothing tells a model which source it is in.
 
-Every finished run is a line of --csv, and is not done again; a run that was interrupted goes on.
+Every finished run is a line of --csv, and is not done again (data/experiment.csv has all fifteen); a run that was
+interrupted goes on. About 40 minutes on two cores.
 """
 import argparse
 import csv

@@ -3,8 +3,9 @@
 Thirty-six people live in twelve towns. Each has a home, a trade, an animal and an instrument: 144 facts to learn.
 Six sources tell them in six voices. The web repeats one fixed false rumour for each fact about two times in five; the
 other sources never lie. Half of the facts are also practised as questions, in `instruct` and in conversations; the
-other half is told in prose only, and the quizzes at the end of this file ask for exactly that half: whoever answers
-them has read, and not learned questions by heart. One seed makes one world, on every machine.
+other half stands in statements, tables and descriptions only, and the quizzes at the end of this file ask for exactly
+that half: whoever answers them has read, and not learned questions by heart. One seed makes one world, on every
+machine.
 """
 import itertools
 import json
@@ -135,7 +136,7 @@ class World:
         return [person for person in self.people if attribute in person.asked]
 
     def held_out(self, attribute: str) -> list[Person]:
-        """The 18 people whose `attribute` is told in prose only, so that a quiz may ask for it."""
+        """The 18 people whose `attribute` is never asked, so that a quiz may ask for it."""
         return [person for person in self.people if attribute not in person.asked]
 
 

@@ -130,7 +130,7 @@ def test_batches_of_conversations(tokenizer, chat_file):
     data = danube3.ChatData(chat_file, tokenizer, dataclasses.replace(TINY, max_position_embeddings=256), 3, 5)
     recipe = data.recipe
     assert len(data.rows) == 38 and len(data.held_out) == 2 and recipe.rows_per_step == 5
-    assert recipe.total_steps == 24 and [s.name for s in recipe.stages] == [
+    assert recipe.stage_ends == [8, 16, 23] and [s.name for s in recipe.stages] == [
         "epoch 1",
         "epoch 2",
         "epoch 3",
@@ -405,7 +405,7 @@ def test_lora_over_half_precision_to_the_end(dtype, long_base, chat_file, tmp_pa
 def test_half_precision_base_keeps_an_fp32_stream(tokenizer):
     """Adapters over a bf16 base: matrices bf16, everything between them fp32."""
     model = danube3.add_lora(random_model(TINY, dtype=torch.bfloat16), 2, 0)
-    assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == torch.float32
+    assert model.dtype == model.model.norm.weight.dtype == torch.float32
     assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
@@ -715,3 +715,14 @@ def test_help_names_every_flag_of_chat():
     assert all(
         flag in text for flag in ("--chat", "--init", "--lora", "--merge", "--system", "--epochs", "--batch-size")
     )
+
+
+@pytest.mark.parametrize("conversations, batch_size, epochs", [(17, 16, 10), (17, 16, 1), (40, 8, 3), (5, 16, 4)])
+def test_epochs_read_each_conversation_so_often(conversations, batch_size, epochs, tokenizer):
+    """Rounded up to whole steps once, not once an epoch."""
+    rows = [np.zeros((2, 3 + n % 5), dtype=np.int64) for n in range(conversations)]
+    recipe = danube3.chat_recipe(TINY, rows, epochs, batch_size, lora=False)
+    read = recipe.total_steps * recipe.rows_per_step
+    assert 0 <= read - epochs * conversations < recipe.rows_per_step
+    ends = [math.ceil((i + 1) * conversations / recipe.rows_per_step) for i in range(epochs)]
+    assert recipe.stage_ends == ends and recipe.stages[-1].name == f"epoch {epochs}"

@@ -80,8 +80,9 @@ def test_rotary_embedding(h, start, T, dtype, draw):
     agree(x.grad, reference.rotary_embedding_backward(numpy(grad), numpy(cos), numpy(sin)), dtype)
 
 
-def test_rotary_depends_on_distance_only(draw):
-    q, k = draw(1, 1, 1, 120, dtype=torch.float64), draw(1, 1, 1, 120, dtype=torch.float64)
+def test_rotary_depends_on_distance_only():
+    generator = torch.Generator().manual_seed(0)  # for one draw in 300 the two products below are close by chance
+    q, k = torch.randn(2, 1, 1, 1, 120, dtype=torch.float64, generator=generator)
 
     def product(m, n):
         turn = [

@@ -278,7 +278,24 @@ def test_qlora_over_a_quantized_base(even, tmp_path, tokenizer):
     assert isinstance(adapted.model.layers[0].mlp.up_proj.base_layer, danube3.QuantizedLinear)
     assert not any(isinstance(module, danube3.QuantizedLinear) for module in merged.modules())
     torch.testing.assert_close(adapted(ids), merged(ids), rtol=1e-3, atol=1e-3)
+    packed = danube3.load_checkpoint(tmp_path / "run", pack=True)[0]  # as sample.py opens it
+    assert packed.model.layers[0].mlp.up_proj.base_layer.packed is not None
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids), adapted(ids), rtol=0.1, atol=0.1 * adapted(ids).std().item())
     assert "quantized" in one_line_error(call("train.py", *flags, "--out", tmp_path / "full"))
+
+
+@pytest.mark.parametrize("bits, dtype", [(4, torch.bfloat16), (8, torch.float16)])
+def test_the_stream_over_a_quantized_base_is_fp32(bits, dtype, even, tmp_path):
+    """Also where a GPU would open the folder in half precision: a stream in fp16 could overflow."""
+    danube3.quantize_folder(even, tmp_path / "q", bits, {})
+    model = danube3.add_lora(danube3.load_checkpoint(tmp_path / "q", dtype=dtype)[0], 2, 0)
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.randint(3, 330, (1, 5)))
+    assert seen == [torch.float32] * len(model.model.layers)
 
 
 # -------------------------------------------------------------------------------------------------------------- GGUF

@@ -15,7 +15,7 @@ import pytest
 import reference
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY, call, one_line_error, random_model, run, transformers_model
+from conftest import ROOT, TINY, NoData, call, one_line_error, random_model, run, transformers_model
 
 import danube3
 
@@ -335,18 +335,43 @@ def test_bf16_runs_keep_fp32_masters(toy_data, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_is_plain(toy_data):
-    """--compile: the same losses to rounding, and the same names in the checkpoint."""
+    """--compile: the same losses to rounding, the same names in the checkpoint, no break where lengths vary."""
     config, recipe = danube3.CONFIGS["toy"], toy_recipe()
     batches = danube3.StagedData(danube3.TokenData(toy_data, config, recipe.sequence_length), recipe)
     losses = []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
         model = danube3.Danube3(config).init_weights(0)
         optimizer = danube3.make_optimizer(model, recipe)
         if compiled:
-            model.compile()
-        losses.append([danube3.train_step(model, optimizer, *batches.batch(s), recipe, s)[0] for s in range(4)])
+            danube3.compile_model(model)
+        losses.append([])
+        for step, length in enumerate((128, 96, 57)):  # the second length makes lengths symbols
+            rows = batches.batch(step)[0][:, :length]
+            losses[-1].append(danube3.train_step(model, optimizer, rows, rows, recipe, step)[0])
         assert set(model.state_dict()) == set(random_model(config).state_dict())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_resumed_before_the_first_step(tmp_path, tokenizer):
+    """A checkpoint of step 0, as Ctrl-C during the first validation leaves it, counts no step."""
+    first = danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=False)
+    first.save()
+    again = danube3.Run(tmp_path, random_model(TINY, seed=1), tokenizer, NoData(), resume=True)
+    rows = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        losses = [
+            danube3.train_step(run.model, run.optimizer, rows, rows, run.data.recipe, step) for run in (first, again)
+        ]
+        assert losses[0] == losses[1]
+    fresh = random_model(TINY)
+    optimizer = danube3.make_optimizer(fresh, first.data.recipe)
+    for step in range(3):
+        danube3.train_step(fresh, optimizer, rows, rows, first.data.recipe, step)
+    for mine, theirs in zip(fresh.parameters(), again.model.parameters()):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
