@@ -42,12 +42,12 @@ def rotary_embedding_interleaved(x, cos, sin):
     "sliding-window": [
         ("def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor)",
          "def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0)"),
-        ("    if 1 < T < S:\n", """\
+        ("    mask, causal = None, False\n", """\
     if window:
         ones = torch.ones(T, S, dtype=torch.bool, device=q.device)
         mask = ones.tril(diagonal=S - T).triu(diagonal=S - T - window + 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    if 1 < T < S:\n"""),
+    mask, causal = None, False\n"""),
     ],
     "z-loss": [
         ("def cross_entropy(logits: Tensor, labels: Tensor)",

@@ -381,7 +381,7 @@ def test_shares_of_multiple_choice(monkeypatch):
     monkeypatch.setattr(danube3, "choice_scores", lambda model, tokenizer, asked: [each["scores"] for each in asked])
     results = danube3.multiple_choice(None, None, questions)
     assert results["acc"] == 0.75 and results["acc_norm"] == 0.75 and results["questions"] == 4
-    assert results["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4)) and results["guessing"] == 0.5
+    assert results["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3)) and results["guessing"] == 0.5
     assert danube3.multiple_choice(None, None, questions[:2])["acc_norm"] == 0.5
     assert danube3.multiple_choice(None, None, questions[1:3])["acc"] == 0.5
     assert danube3.multiple_choice(None, None, questions[1:3])["acc_norm"] == 1.0
