@@ -43,6 +43,24 @@ def test_what_the_readme_says_of_the_experiment():
     assert f"{results['statements']['constant'][0]:.1%}".replace("%", " %") in README
 
 
+def test_what_the_readme_says_of_the_second_world():
+    """The sentences under the second table."""
+    rows = experiment.read_rows(ROOT / "data" / "experiment-rumours.csv")
+    results, text = experiment.analysis(rows), " ".join(README.split())
+    percent = {order: f"{100 * results['statements'][order][0]:.1f} %" for order in experiment.ORDERS}
+    assert f"{percent['staged']} of the bare statements" in text and f"the even mixture {percent['constant']}" in text
+    assert f"backwards {percent['reversed']}" in text
+    difference, half = results["statements"]["staged - constant"]
+    assert f"differs by {100 * difference:.1f} points" in text
+    assert f"({100 * (difference - half):.0f} to {100 * (difference + half):.0f} points" in text
+    by_run = {(row["order"], row["seed"]): row["statements"] for row in rows}
+    assert all(by_run["staged", seed] > by_run["constant", seed] for seed in range(5))
+    others = [results[name]["staged - constant"] for name in ("quiz", "chat_first", "chat_second")]
+    assert all(0.045 < mean < 0.095 and mean < half for mean, half in others)
+    losses = {name: cells["staged - constant"] for name, cells in results.items() if name.startswith("loss")}
+    assert {name for name, (mean, half) in losses.items() if mean < half} == {"loss_instruct"}
+
+
 def test_map_of_the_file():
     """Every section is linked at the line of its heading. `python tests/test_readme.py` mends the links."""
     lines = (ROOT / "danube3.py").read_text().splitlines()
