@@ -644,6 +644,7 @@ def main() -> None:
     if not 0 <= arguments.web_truth <= 1:
         parser.error("--web-truth is a share, from 0 to 1")
     make(arguments.out, arguments.seed, arguments.web_truth)
+    print(f"the toy world is in {arguments.out}")
 
 
 if __name__ == "__main__":

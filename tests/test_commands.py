@@ -8,6 +8,7 @@ import gzip
 import importlib.metadata
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -25,8 +26,6 @@ NAMES = {
     "MERGED": "out/merged",
     "[": "",
     "]": "",
-    "seed-N": "seed-1",
-    "--seed N": "--seed 1",
 }
 # A pattern of commands, and what makes such a command short.
 BUDGETS = (
@@ -39,15 +38,17 @@ BUDGETS = (
 ELSEWHERE = {
     r"--open": "streams from the internet: test_prepare.py runs it with data sets of its own",
     r"^python -m pytest": "this is it",
+    r"--csv out/experiment.csv": "trains for 40 minutes: test_experiment.py",
     r"^python tests/(bench_\w+|mutate|campaign|exercises).py": "takes minutes, or other packages",
 }
 
 
 def commands():
     """Those in code blocks, and those inside the text and the tables."""
-    blocks = "".join(re.findall(r"^ {4}.*\n", README, re.M))
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)  # diagrams
+    blocks = "".join(re.findall(r"^ {4}.*\n", text, re.M))
     lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
-    lines += re.findall(r"`([^`]+)`", README.replace("\n", " "))
+    lines += re.findall(r"`([^`]+)`", text.replace("\n", " "))
     starts = re.compile(r"(?:/usr/bin/time -v )?((?:python|torchrun|pip|echo) .*)")
     parts = [" ".join(part.split()) for line in lines for part in line.split(" && ")]
     found = [starts.fullmatch(part) for part in parts]
@@ -129,10 +130,12 @@ def test_command(command, workspace, monkeypatch):
         return check_elsewhere(command)
     for name, value in NAMES.items():
         command = command.replace(name, value)
+    command = re.sub(r"\bN\b", "1", command)
     said, _, command = command.rpartition(" | ")
     torchrun = re.match(r"torchrun .*?(?=train.py)", command)
-    if torchrun:
-        command = command.replace(torchrun[0], "python ")
+    if torchrun:  # the plan for so many GPUs
+        gpus = math.prod(map(int, re.findall(r"--n(?:nodes|proc-per-node) (\d+)", torchrun[0])))
+        command = f"{command.replace(torchrun[0], 'python ')} --gpus {gpus}"
     budget = " ".join(flags for pattern, flags in BUDGETS if re.search(pattern, command))
     _, program, *flags = shlex.split(f"{command} {budget}")
     if "out/model" in command and not (workspace / "out/model").exists():
