@@ -195,10 +195,11 @@ class Recipe:
         """The index of the stage that step `step` (from 0) belongs to."""
         return sum(step >= end for end in self.stage_ends[:-1])
 
-    def scaled_to(self, tokens: int) -> "Recipe":
-        """The same recipe with `tokens` in all, the stages in proportion."""
+    def scaled_to(self, tokens: int, **changes: Any) -> "Recipe":
+        """The same recipe with `tokens` in all, the stages in proportion, and other changes."""
         total = sum(stage.tokens for stage in self.stages)
-        return replace(self, stages=tuple(replace(s, tokens=s.tokens * tokens // total) for s in self.stages))
+        stages = tuple(replace(stage, tokens=stage.tokens * tokens // total) for stage in self.stages)
+        return replace(self, stages=stages, **changes)
 
 
 def remix(recipe: Recipe, order: str) -> Recipe:
@@ -284,7 +285,7 @@ class Tokenizer:
             raise DanubeError(f"no tokenizer at {self.model_file}: copy the model's tokenizer.model there")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeError) as error:
             raise DanubeError(f"{self.model_file} is not a sentencepiece model: copy it again") from error
 
     @property

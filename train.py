@@ -64,7 +64,8 @@ def arguments() -> argparse.Namespace:
 def adjusted(recipe: danube3.Recipe, args: argparse.Namespace) -> danube3.Recipe:
     """The recipe with what the command line says otherwise."""
     names = ("sequence_length", "tokens_per_step", "micro_batch_size", "learning_rate", "save_every", "seed")
-    return replace(recipe, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return recipe.scaled_to(args.tokens, **changes) if args.tokens else replace(recipe, **changes)
 
 
 def plan(args: argparse.Namespace, config: danube3.DanubeConfig, recipe: danube3.Recipe,
@@ -84,10 +85,9 @@ def pretraining(args: argparse.Namespace,
                 base: Path | None) -> tuple[danube3.Danube3, danube3.Tokenizer, danube3.StagedData]:
     """-> model, tokenizer, data"""
     name = args.config or "toy"
-    config, recipe = danube3.CONFIGS[name], adjusted(danube3.RECIPES[name], args)
-    recipe = danube3.remix(recipe, args.mixture or "staged")
+    config, recipe = danube3.CONFIGS[name], danube3.remix(danube3.RECIPES[name], args.mixture or "staged")
     config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
-    recipe, folder = recipe.scaled_to(args.tokens) if args.tokens else recipe, args.data or Path("data", name)
+    recipe, folder = adjusted(recipe, args), args.data or Path("data", name)
     if args.dry_run:
         repeats = None
         if (folder / "meta.json").is_file():

@@ -254,3 +254,11 @@ def test_every_order_has_the_same_tokens_of_each_source(name, order):
         assert web == (expected if order == "staged" else expected[::-1])
     scaled = other.scaled_to(recipe.tokens_per_step * 1_000)
     assert [stage.mixture for stage in scaled.stages] == [stage.mixture for stage in other.stages]
+
+
+def test_scaled_and_changed_at_once():
+    """A step longer than the recipe's own tokens is no mistake where there are more of them."""
+    recipe = danube3.RECIPES["toy"].scaled_to(2**24, tokens_per_step=2**22)
+    assert recipe.total_steps == 4 and [stage.tokens for stage in recipe.stages] == [2**23, 2**22, 2**22]
+    with pytest.raises(danube3.DanubeError, match="raise --tokens"):
+        danube3.RECIPES["toy"].scaled_to(2**21, tokens_per_step=2**22)
