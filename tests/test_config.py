@@ -261,4 +261,4 @@ def test_scaled_and_changed_at_once():
     recipe = danube3.RECIPES["toy"].scaled_to(2**24, tokens_per_step=2**22)
     assert recipe.total_steps == 4 and [stage.tokens for stage in recipe.stages] == [2**23, 2**22, 2**22]
     with pytest.raises(danube3.DanubeError, match="raise --tokens"):
-        danube3.RECIPES["toy"].scaled_to(2**21, tokens_per_step=2**22)
+        danube3.RECIPES["toy"].scaled_to(2**20, tokens_per_step=2**22)

@@ -62,7 +62,7 @@ def test_what_the_readme_says_of_the_second_world():
 
 
 def test_map_of_the_file():
-    """Every section is linked at the line of its heading. `python tests/test_readme.py` mends the links."""
+    """Every section is linked at the line of its heading. `PYTHONPATH=. python tests/test_readme.py` mends."""
     lines = (ROOT / "danube3.py").read_text().splitlines()
     headings = {match[1]: n for n, line in enumerate(lines, 1) if (match := re.match(r"# (\d+)\. \w", line))}
     links = dict(re.findall(r"\| \[(\d+) [^]]+\]\(danube3\.py#L(\d+)\) \|", README))
