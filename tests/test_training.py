@@ -359,6 +359,7 @@ def test_resumed_before_the_first_step(tmp_path, tokenizer):
     """A checkpoint of step 0, as Ctrl-C during the first validation leaves it, counts no step."""
     first = danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=False)
     first.save()
+    first.log.close()  # and with it the lock
     again = danube3.Run(tmp_path, random_model(TINY, seed=1), tokenizer, NoData(), resume=True)
     rows = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(0))
     for step in range(3):
