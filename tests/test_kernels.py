@@ -165,3 +165,31 @@ def test_sampling_filter_against_the_twin(temperature, top_k, top_p, draw):
     for row, twin in zip(ours, logits):
         expected = reference.filter_logits(numpy(twin), temperature, top_k, top_p)
         assert np.abs(numpy(row) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype, T, shared", [("float32", 5, False), ("bfloat16", 5, True), ("bfloat16", 1, True), ("float16", 1, False)]
+)
+def test_heads_are_spread_where_no_kernel_shares_them(dtype, T, shared, monkeypatch):
+    """On a GPU, which is feigned here: only bf16 without a mask is left to the kernel; the result is the same."""
+
+    class OnGpu(torch.Tensor):
+        device = property(lambda self: torch.device("cuda"))
+
+    generator, asked = torch.Generator().manual_seed(0), []
+    q, k, v = (
+        torch.randn(2, n, t, 8, generator=generator).to(getattr(torch, dtype)) for n, t in ((6, T), (3, 5), (3, 5))
+    )
+    expected = danube3.grouped_query_attention(q, k, v)
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, enable_gqa, **more):
+        asked.append((enable_gqa, k.shape[1], v.shape[1]))
+        return attention(q, k, v, enable_gqa=enable_gqa, **more)
+
+    monkeypatch.setattr(danube3.F, "scaled_dot_product_attention", spy)
+    result = danube3.grouped_query_attention(*(x.as_subclass(OnGpu) for x in (q, k, v)))
+    assert asked == [(shared, 3, 3) if shared else (shared, 6, 6)]
+    torch.testing.assert_close(
+        result.as_subclass(torch.Tensor), expected, rtol=1e-2, atol=1e-2 if dtype != "float32" else 1e-5
+    )
