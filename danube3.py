@@ -2,21 +2,22 @@
 
 H2O-Danube3 is a pair of small language models, 500 million and 4 billion parameters, with the Llama architecture. Its
 report trains them in three stages of data, in which noisy web text gives way to cleaner text stage by stage. This file
-is all of it, to be read from top to bottom.
+is all of it, to be read from top to bottom. A first reading, of some 1,200 lines, takes sections 1 to 5 and 8, and of
+the others what their headings name; the rest is what it takes to hold in practice.
 
      1  Configurations      the published sizes and the three stages
      2  Tokenizer           text to ids and back; a conversation as ids and labels
      3  Kernels             the five formulas that a Llama is made of
      4  Model               modules named as in the published checkpoints
-     5  Generation          from logits to the next token, one token at a time
+     5  Generation          from logits to the next token, one token at a time; a dialogue
      6  Checkpoints         a checkpoint is a Hugging Face folder, written whole or not at all
      7  Data                token shards, and the staged mixture as a pure function of the step
      8  Optimizer           AdamW, and the learning rate over the steps
-     9  Training            what a run costs, several GPUs, one loop
+     9  Training            the operations of a run, several GPUs, one loop
     10  Chat fine-tuning    conversations as batches; LoRA
     11  Evaluation          perplexity, multiple choice by likelihood, labels of texts, free answers
-    12  Quantization        int8, int4, GPTQ; GGUF files
-    13  Command line        opening any folder, talking, and what the programs share
+    12  Quantization        int8, int4, GPTQ; how GGUF files differ
+    13  Opening a folder    of any of these kinds
 
 The letters in every shape comment:
 
@@ -33,7 +34,6 @@ Facts carry their source: [R] is the report, its model cards or published config
 made because nothing was published.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -48,11 +48,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import safetensors
@@ -751,12 +749,67 @@ def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature
     return torch.cat([input_ids] + [next_ids[:, None] for next_ids in new], dim=1)
 
 
+class Conversation:
+    """A dialogue with a model, of which the newest exchanges are remembered, as many as the context holds.
+
+    Kept as the ids that the model read and wrote, so that the cache of one answer serves the next; only an answer that
+    was cut gets the </s> that it lacks.
+    """
+
+    def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
+        self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
+        self.exchanges: list[list[int]] = []          # ids of a question and its answer
+        self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
+        self.asked = {"role": "user", "content": ""}  # the last question
+        self.ended = True                             # by itself, the last answer
+        context = model.config.max_position_embeddings
+        self.room = context - min(max_new_tokens, context // 4)  # for the dialogue up to the answer
+        self.kv_cache = KVCache(model.config, 1, context, model.dtype, model.device)
+
+    def reset(self) -> None:
+        self.exchanges, self.messages, self.kv_cache.length = [], [], 0
+
+    def ask(self, text: str) -> tuple[list[int], int]:
+        """Make room for a question. -> its ids, and how many of the oldest exchanges had to be forgotten"""
+        message, forgotten = {"role": "user", "content": text}, 0
+        ids, _ = render_chat([message], self.tokenizer, add_generation_prompt=True)
+        if len(ids) > self.room:
+            raise DanubeError(f"that is {len(ids):,} tokens, and {self.room:,} fit: shorten it")
+        while sum(map(len, self.exchanges)) + len(ids) > self.room:
+            del self.exchanges[0]
+            forgotten += 1
+            self.kv_cache.length = 0  # every later token moves, and its key was turned for the old place
+        self.asked = message
+        return ids, forgotten
+
+    def answer(self, question: list[int]) -> Generator[str, None, None]:
+        """The answer piece by piece. However it ends, also if it is interrupted, it becomes part of the dialogue."""
+        ids, eos = [*sum(self.exchanges, []), *question], self.model.config.eos_token_id
+        new: list[int] = []
+        pieces: list[str] = []
+        decoder = StreamDecoder(self.tokenizer, ids)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        try:
+            for next_ids in generate_tokens(self.model, input_ids, self.max_new_tokens, **self.sampling,
+                                            kv_cache=self.kv_cache):
+                new += next_ids.tolist()  # of one row
+                pieces.append(decoder.feed(new[-1]))
+                yield pieces[-1]
+            pieces.append(decoder.finish())
+            yield pieces[-1]
+        finally:
+            self.ended = new[-1:] == [eos]
+            self.exchanges.append([*question, *new] + [eos] * (not self.ended))
+            self.messages += [self.asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
 # ======================================================================================================================
 # 6. Checkpoints
 #
 # A checkpoint is a Hugging Face Llama folder: transformers and everything built on it opens ours, and we open theirs.
 # To go on training, it also holds trainer.pt. A folder is written under another name and renamed when it is whole and
 # on the disk, so that a folder with the right name is always complete, whenever the power went.
+# First reading: none of this section. A model goes into a folder, and comes out of it again.
 # ======================================================================================================================
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -1082,6 +1135,7 @@ def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dty
 # batches before must be drawn again, and with another number of processes it is another answer. Here it is a pure
 # function of the step, so there is no state: two small pieces of arithmetic, one that shares rows among sources
 # (mixture_pattern), and one that shuffles without storing the order (shuffled).
+# First reading: mixture_pattern, shuffled, StagedData.
 # ======================================================================================================================
 
 def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]],
@@ -1353,6 +1407,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 # One loop: take the batch of this step, sum the loss over its micro-batches, go back, clip, step, write a line.
 # Around it stand the things that make a long run bearable: checkpoints, resuming to the bit, a bar that tells when it
 # will be over, and how much of the machine's arithmetic the run really uses.
+# First reading: flops_per_token, used_lengths, micro_batches, train_step, train.
 # ======================================================================================================================
 
 MAX_SKIPPED_STEPS = 5  # in a row, before a run that has stopped making sense is ended [C]
@@ -1397,79 +1452,6 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3)
     weights = count_parameters(c) - c.vocab_size * c.hidden_size - norms
     attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * 2 * (sequence_length + 1)
     return passes * (2 * weights + attention)
-
-
-def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, gpus: int = 1,
-                 recompute: bool = False) -> dict[str, int]:
-    """Bytes that training takes on each device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
-
-    Weights, gradients and the two AdamW moments are exact; several GPUs share them, but a gradient that is summed over
-    micro-batches is held whole until it is exchanged. Of other GPUs' weights, two layers are there at a time, and
-    embedding and head throughout; gradients of a layer, and of the ends, once more while they are exchanged.
-    Activations are an estimate: what autograd keeps of a layer are the stream and its norms, six times in fp32, and the
-    inputs of the matrices and of attention in the compute type; with `recompute` that is kept of one layer, and of the
-    others the stream once. Logits count three times: themselves, softmax, gradient.
-    """
-    c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, count_parameters(config)
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
-    per_token = (4 * 6 * c.hidden_size  # fp32: the stream, what the norms keep of it, and the sums, six vectors [D]
-                 + compute_bytes * (heads + 4 * c.intermediate_size))  # gate, silu(gate), up, and their product
-    if recompute:  # all that of the one layer that is computed again, and of the others only their input
-        kept = per_token + c.num_hidden_layers * 4 * c.hidden_size
-    else:
-        kept = c.num_hidden_layers * per_token
-    ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
-    one_pass = recipe.rows_per_step == gpus * recipe.micro_batch_size
-    weight_copy = 0 if compute_bytes == 4 else compute_bytes * n
-    gathered = ((4 + 4) * ends  # fp32 weights and gradients
-                + (2 * compute_bytes + 4) * (n - ends) // c.num_hidden_layers)  # two layers' weights, one's gradient
-    return {
-        "weights (fp32)": 4 * n // gpus,
-        "gradients (fp32)": 4 * n // gpus if gpus == 1 or one_pass else 4 * n,
-        "AdamW moments (fp32)": 8 * n // gpus,
-        "weights (compute copy)" if gpus == 1 else "exchanged parts": weight_copy if gpus == 1 else gathered,
-        "activations (estimate)": tokens * kept,
-        "logits": 3 * 4 * min(tokens, LOGIT_ROWS) * c.vocab_size,
-    }
-
-
-USABLE_MEMORY = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors [C]
-
-
-def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory: float, gpus: int = 1) -> bool:
-    """Whether layers are to be computed again in the backward pass: as wished ("on", "off"), or if it fits only so
-    ("auto"). Training that cannot fit in `gpu_memory` bytes is refused, with what would help."""
-    def needs(recipe: Recipe, gpus: int, recompute: bool) -> int:
-        return sum(memory_bytes(config, recipe, 2, gpus, recompute).values())
-
-    room, one_row = USABLE_MEMORY * gpu_memory, replace(recipe, micro_batch_size=1)
-    for choice in {"auto": (False, True), "on": (True,), "off": (False,)}[wish]:
-        if needs(recipe, gpus, choice) <= room:
-            return choice
-    more = (gpus * 2 ** i for i in range(1, 13))
-    enough = next((n for n in more if needs(one_row, n, True) <= room), None)
-    if needs(recipe, gpus, True) <= room:
-        remedy = "--recompute on"
-    elif needs(one_row, gpus, True) <= room:
-        remedy = "--micro-batch-size 1"
-    elif enough:
-        remedy = f"{enough} GPUs (torchrun --nproc-per-node; to plan: --gpus {enough})"
-    else:
-        remedy = "a shorter --sequence-length, or --chat with --lora"
-    raise DanubeError(f"training needs {needs(recipe, gpus, wish != 'off') / 1e9:,.1f} GB on each GPU, and of "
-                      f"{gpu_memory / 1e9:,.1f} GB {room / 1e9:,.1f} can be used: take {remedy}")
-
-
-def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.device) -> None:
-    """Have layers computed again in the backward pass if wished, or if this GPU's memory asks for it. For adapters,
-    whose memory is not planned, and on other devices, "auto" is off."""
-    again = wish == "on"
-    if device.type == "cuda" and all(parameter.requires_grad for parameter in model.parameters()):
-        memory = torch.cuda.get_device_properties(device).total_memory
-        again = choose_recompute(model.config, recipe, wish, memory, processes()[1])
-    for module in model.modules():
-        if isinstance(module, DecoderLayer):
-            module.recompute = again
 
 
 def share_model(model: Danube3, device: torch.device) -> Danube3:
@@ -1816,89 +1798,6 @@ def train(run: Run) -> bool:
             bar.update()
 
 
-def compile_model(model: Danube3) -> None:
-    """Have torch.compile fuse the small operations of each layer: one is compiled, and serves for all, since they are
-    alike. That takes a C++ compiler."""
-    if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        for layer in model.model.layers:
-            layer.compile()
-    else:
-        say("no C++ compiler found: going on without --compile")
-
-
-def short_count(number: float) -> str:
-    """1234567 -> 1.23M"""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
-
-
-GPU_FLOPS = 4e14  # a second, that a run is assumed to reach: about 40 % of an H100's bf16 peak [C]
-
-
-def describe_run(config: DanubeConfig, recipe: Recipe, gpus: int = 1, recompute: bool = False,
-                 repeats: dict[str, float] | None = None) -> str:
-    """What a run would be, in one screen: stages, tokens of each source and how often it is repeated, parameters,
-    memory, operations, days."""
-    sources, parameters = list(recipe.stages[0].mixture), count_parameters(config)
-    tokens, memory = recipe.total_steps * recipe.tokens_per_step, memory_bytes(config, recipe, 2, gpus, recompute)
-    flops = flops_per_token(config, recipe.sequence_length) * tokens
-    days = flops * (4 / 3 if recompute else 1) / gpus / GPU_FLOPS / 86_400
-    lines = [
-        f"parameters      {parameters:,}",
-        f"step            {recipe.tokens_per_step:,} tokens = {recipe.rows_per_step} rows of "
-        f"{recipe.sequence_length:,}, on each of {gpus} GPUs {recipe.micro_batch_size} at a time",
-        f"run             {recipe.total_steps:,} steps, {tokens:,} tokens, {flops:.3g} floating-point operations",
-        f"                {days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.0f} TFLOP/s each, about 40 % of an "
-        "H100's bf16 peak",
-        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU"
-        + (", layers computed again in the backward pass" if recompute else ""),
-        *(f"                {size / 1e9:10,.2f}  {name}" for name, size in memory.items()),
-        f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in fp32",
-        "", f"{'':16}{'steps':>12}{'tokens':>22}" + "".join(f"{name:>11}" for name in sources)]
-    totals = dict.fromkeys(sources, 0.0)
-    for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
-        shares = {name: weight / sum(stage.mixture.values()) for name, weight in stage.mixture.items()}
-        for name, share in shares.items():
-            totals[name] += share * (end - start) * recipe.tokens_per_step
-        lines.append(f"{stage.name:16}{end - start:>12,}{(end - start) * recipe.tokens_per_step:>22,}"
-                     + "".join(f"{shares[name]:>10.1%} " for name in sources))
-    lines.append(f"{'tokens':16}{recipe.total_steps:>12,}{tokens:>22,}"
-                 + "".join(f"{short_count(totals[name]):>11}" for name in sources))
-    if repeats:
-        lines.append(f"{'times read':50}" + "".join(f"{repeats.get(name, 0):>11.2f}" for name in sources))
-    return "\n".join(lines)
-
-
-def plot_curves(out: Path, recipe: Recipe) -> Path | None:
-    """Loss over steps, with the stages and their mixtures below, as curves.png; None where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [entry for entry in entries if entry.get("loss") is not None]
-    checks = [entry for entry in entries if "val_loss" in entry]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    loss_axes, mixture_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    loss_axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.7", linewidth=0.8, label="train")
-    for i, name in enumerate(recipe.stages[0].mixture):
-        losses = [e["val_loss"][name] for e in checks]
-        loss_axes.plot([e["step"] for e in checks], losses, "o-", color=f"C{i}", label=name)
-        for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
-            mixture = list(stage.mixture.values())
-            below, share = sum(mixture[:i]) / sum(mixture), mixture[i] / sum(mixture)
-            mixture_axes.bar(start, share, end - start, below, align="edge", color=f"C{i}", edgecolor="white")
-    for end in recipe.stage_ends[:-1]:
-        loss_axes.axvline(end, color="0.4", linestyle=":", linewidth=1)
-    loss_axes.set(ylabel="loss per token (lines: training; dots: validation)")
-    loss_axes.legend(ncols=4, fontsize=8)
-    mixture_axes.set(xlabel="step", ylabel="share of source", ylim=(0, 1))
-    figure.savefig(out / "curves.png", dpi=120)
-    return out / "curves.png"
-
-
 # ======================================================================================================================
 # 10. Chat fine-tuning
 #
@@ -1906,6 +1805,7 @@ def plot_curves(out: Path, recipe: Recipe) -> Path | None:
 # conversation becomes input_ids and labels (section 2), and the loop of section 9 does not ask where its batches come
 # from. What is new is LoRA: instead of a matrix W, train a small correction B A beside it, with so few numbers that
 # neither their gradients nor their moments weigh anything, and one base model can carry many of them.
+# First reading: pad_rows, LoRALinear.
 # ======================================================================================================================
 
 CHAT_ROWS = 16        # conversations of one optimizer step [C]
@@ -2157,6 +2057,7 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
 # The training loss says that a model learns, not what it can do. Three ways to examine it: how much a text surprises it
 # (perplexity), which of several continuations it finds likeliest (multiple choice, and the labels of texts), and what
 # it says by itself (free answers). Each gives a dict of numbers.
+# First reading: continuation_log_likelihood, encoded_choice.
 # ======================================================================================================================
 
 def read_text(path: str | Path) -> str:
@@ -2362,6 +2263,8 @@ def as_table(results: dict[str, float]) -> str:
 # once, so a quarter of the bytes can be four times the speed. Rounding each weight to its nearest level is simple, and
 # at 8 bits enough; at 4 bits GPTQ does better: it rounds column by column, and lets the columns still to come make up
 # for the error just made. What both formats can hold, GGUF files can hold too (as Q8_0 and Q4_0), value for value.
+# First reading: quantize_int8, quantize_int4, pack_int4, unpack_int4, dequantize, QuantizedLinear, search_scales, gptq,
+# rows_for_gguf.
 # ======================================================================================================================
 
 GROUP = 32  # weights that share a scale in int4, and in GGUF files
@@ -2654,67 +2557,6 @@ def quantize_tensor(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return (codes, scales) if bits == 8 else (pack_int4(codes), scales)
 
 
-def write_in_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]], part_bytes: int) -> None:
-    """Write safetensors files of about `part_bytes` and the index that names them, so that memory need not hold all."""
-    part: dict[str, Tensor] = {}
-    weight_map: dict[str, str] = {}
-    total = 0
-
-    def flush() -> None:
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        write_tensors(folder, name, part, None)
-        weight_map.update(dict.fromkeys(part, name))
-        part.clear()
-
-    for name, tensor in tensors:
-        part[name], total = tensor.contiguous(), total + tensor.nbytes
-        if sum(each.nbytes for each in part.values()) >= part_bytes:
-            flush()
-    if part:
-        flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Tensor, Tensor]],
-                    part_bytes: int = 2 ** 29) -> list[tuple[str, int, int, float, float]]:
-    """Quantize a checkpoint into the folder `out`, tensor by tensor, so that memory never holds the whole: `done` are
-    those that gptq_model has quantized, the others are rounded to nearest. -> for each: name, bits, bytes, largest and
-    mean error"""
-    scheme = SCHEMES["int4 GPTQ" if done else f"int{bits}"]
-    verify_digests(source)
-    config, report = read_config(source), []
-    if read_scheme(source):
-        raise DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
-    if source.resolve() == out.with_name(f"{out.name}.partial").resolve():
-        raise DanubeError(f"{out} would be written in {source} first: choose another place")
-    tokenizer, needed = read_tokenizer(source, config), count_parameters(config) * (bits + 1) / 8
-    existing = next(parent for parent in [*out.absolute().parents, Path()] if parent.exists())
-    with torch.device("meta"):
-        model = Danube3(config)
-    if (space := shutil.disk_usage(existing).free) < needed:
-        raise DanubeError(f"{out} needs {needed / 1e9:.2f} GB, and {space / 1e9:.2f} are free: make room on the disk")
-
-    def quantized() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in checked_weights(source, model):
-            check_quantizable(name, weight)
-            module = name.removesuffix(".weight")
-            if not (tensor_bits := bits_of(module, scheme)):
-                yield name, weight.float()
-                continue
-            codes, scales = done.get(module) or quantize_tensor(weight, tensor_bits)
-            error = (dequantize(codes, scales) - weight.float()).abs()
-            report.append((module, tensor_bits, codes.nbytes + scales.nbytes, error.amax().item(), error.mean().item()))
-            yield f"{module}.codes", codes
-            yield f"{module}.scales", scales
-
-    with atomic_folder(out) as partial:
-        write_config(partial, config, tokenizer, torch.float32,
-                     quantization_config={"quant_method": "danube3", "bits": scheme, "group_size": GROUP})
-        write_in_parts(partial, quantized(), part_bytes)
-    return report
-
-
 def dense(model: Danube3) -> Danube3:
     """Put ordinary matrices in place of quantized ones."""
     for name, module in list(model.named_modules()):
@@ -2725,47 +2567,6 @@ def dense(model: Danube3) -> Danube3:
             plain.weight = nn.Parameter(module.weight.to(model.dtype))
             model.set_submodule(name, plain)
     return model
-
-
-def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, split: str, count: int) -> Tensor:
-    """About `count` rows [N, T] of ids to calibrate ("train") or measure ("val") with: as many from each source of a
-    data folder, or from a text file, whose last tenth is "val". T is half of the context, at most 2,048 [C]."""
-    length = min(config.max_position_embeddings // 2, 2_048)
-    if Path(data).is_dir():
-        folder = matching_data(data, tokenizer, config, length)
-        sources = [folder.open(name, split) for name in folder.meta["sources"]]
-        share = -(-count // len(sources))  # of each source
-        windows = [source.window(i * source.windows // min(share, source.windows))
-                   for source in sources for i in range(min(share, source.windows))]
-        return torch.from_numpy(np.stack(windows))
-    ids = torch.tensor(tokenizer.encode(read_text(data)))
-    ids = ids[:len(ids) * 9 // 10] if split == "train" else ids[len(ids) * 9 // 10:]
-    if len(ids) < length:
-        raise DanubeError(f"{data} has {len(ids)} tokens to {split} with, less than a row of {length}: use more text")
-    return ids[:len(ids) // length * length].view(-1, length)[:count]
-
-
-def stored_tensors(model: Danube3) -> Iterator[tuple[str, Tensor]]:
-    """All that a model holds, packed or not."""
-    for name, module in model.named_modules():
-        own = getattr(module, "packed", None) or [*module.parameters(False), *module.buffers(False)]
-        yield from ((name, tensor) for tensor in own)
-
-
-@torch.no_grad()
-def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
-    """Tokens a second, one at a time after a prompt of 8, and the bytes of weights read for them a second; the best of
-    three times."""
-    next_ids, best = torch.full((1, 8), model.config.bos_token_id, device=model.device), math.inf
-    for _ in range(3):
-        kv_cache = KVCache(model.config, 1, 8 + tokens, model.dtype, model.device)
-        model.model(next_ids.expand(1, 8), kv_cache)
-        start = time.perf_counter()
-        for _ in range(tokens):
-            next_ids = model.lm_head(model.model(next_ids[:, -1:], kv_cache)[:, -1]).argmax(-1, keepdim=True)  # [1, 1]
-        next_ids.item()  # waits for the device
-        best = min(best, (time.perf_counter() - start) / tokens)
-    return 1 / best, sum(t.nbytes for name, t in stored_tensors(model) if "embed_tokens" not in name) / best
 
 
 # A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
@@ -2798,102 +2599,12 @@ def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
     return torch.cat((scales.contiguous().view(torch.uint8).unflatten(1, (-1, 2)), blocks), dim=2).flatten(1).numpy()
 
 
-def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.ndarray, str]]:
-    """The tensors of a checkpoint one by one, as a GGUF file holds them: name, values or blocks, type"""
-    codes, scheme = {}, read_scheme(source)
-    with torch.device("meta"):
-        model = use_scheme(Danube3(config), scheme or {})
-    for name, tensor in checked_weights(source, model):
-        module, _, kind = name.rpartition(".")
-        tensor = rows_for_gguf(name, tensor.half() if kind == "weight" and tensor.dim() == 2 else tensor, config)
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise DanubeError(f"{source}: {name} holds values that are not finite, or not in fp16: take an earlier "
-                              "checkpoint")
-        if kind == "codes":  # stored just before its scales
-            codes[module] = tensor
-        elif kind == "scales":
-            blocks = gguf_blocks(codes.pop(module), tensor)
-            yield gguf_name(f"{module}.weight"), blocks, "Q8_0" if tensor.dim() == 1 else "Q4_0"
-        elif tensor.dim() == 1:
-            yield gguf_name(name), tensor.float().numpy(), "F32"
-        else:
-            yield gguf_name(name), tensor.numpy(), "F16"
-
-
-def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, scheme: dict[str, int] | None) -> None:
-    """The sizes of the model and the pieces of its tokenizer, under GGUF's keys. `writer` is a gguf.GGUFWriter."""
-    c, pieces = config, tokenizer.pieces
-    writer.add_quantization_version(2)
-    writer.add_file_type(1 if scheme is None else 7 if scheme["model.layers"] == 8 else 2)  # F16, Q8_0, Q4_0
-    writer.add_context_length(c.max_position_embeddings)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_block_count(c.num_hidden_layers)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_head_count(c.num_attention_heads)
-    writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_vocab_size(c.vocab_size)
-    unused = range(pieces.vocab_size(), c.vocab_size)  # a model's vocabulary may be padded
-    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1
-             for i in range(pieces.vocab_size())]  # unknown, control, byte, normal
-    writer.add_tokenizer_model("llama")
-    ids = range(pieces.vocab_size())
-    writer.add_token_list([pieces.id_to_piece(i) for i in ids] + [f"<unused{i}>" for i in unused])
-    writer.add_token_scores([pieces.get_score(i) for i in ids] + [0.0 for _ in unused])
-    writer.add_token_types(kinds + [5 for _ in unused])
-    writer.add_bos_token_id(c.bos_token_id)
-    writer.add_eos_token_id(c.eos_token_id)
-    writer.add_unk_token_id(0)
-    writer.add_pad_token_id(c.pad_token_id)
-    writer.add_add_bos_token(tokenizer.add_bos)
-    writer.add_add_space_prefix(True)
-    writer.add_chat_template(CHAT_TEMPLATE)
-
-
-def write_gguf(source: Path, path: Path) -> None:
-    """Write a checkpoint as a GGUF file: Q8_0 and Q4_0 as it is quantized, F16 if it is not. Tensors are read twice,
-    since the file begins with the list of them, and memory never holds the whole."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise DanubeError("writing GGUF takes the package gguf: pip install gguf") from error
-    if path.is_dir() or not path.parent.is_dir():
-        raise DanubeError(f"{path} is a folder, or lies in none that exists: name a file")
-    verify_digests(source)
-    config, partial = read_config(source), path.with_name(f"{path.name}.partial")
-    writer: Any = gguf.GGUFWriter(partial, "llama")
-    describe_for_gguf(writer, config, read_tokenizer(source, config), read_scheme(source))
-    for name, values, kind in gguf_tensors(source, config):
-        raw_dtype = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=raw_dtype)
-    partial.touch()
-    with locked(partial):
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
-            for _, values, _ in tensors:  # not by write_tensor_data: numpy's tofile says nothing when the disk is full
-                file = writer.fout[0]
-                writer.write_padding(file, file.tell())
-                file.write(values.tobytes())
-                writer.write_padding(file, values.nbytes)
-            writer.close()
-            sync(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
 # ======================================================================================================================
-# 13. Command line: what the programs beside this file share
+# 13. Opening a folder
 #
-# Three programs need the same folders, flags and error messages; here they are once: a folder of any kind opened by one
-# function, a conversation at the keyboard, and errors in one line.
+# A checkpoint of a run, a published folder, a quantized one, adapters beside a base: one function opens them all, and
+# so everything above works on each of them.
+# First reading: load_checkpoint.
 # ======================================================================================================================
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
@@ -2926,198 +2637,3 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     return model.eval(), read_tokenizer(folder, config)
 
 
-def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData, out: Path, quiz: Path) -> None:
-    """What a run has come to: curves, a few words from a model that continues text, and the quiz where there is one."""
-    if curves := plot_curves(out, data.recipe):
-        print(f"curves in {curves}")
-    for seed in range(2) if isinstance(data, StagedData) else ():
-        prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
-        ids = generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
-        print(f"--- a sample\n{tokenizer.decode(ids)}")
-    if quiz.is_file():
-        print(f"--- {quiz}\n{as_table(evaluate(model, tokenizer, quiz))}")
-
-
-class Conversation:
-    """A dialogue with a model, of which the newest exchanges are remembered, as many as the context holds.
-
-    Kept as the ids that the model read and wrote, so that the cache of one answer serves the next; only an answer that
-    was cut gets the </s> that it lacks.
-    """
-
-    def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
-        self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
-        self.exchanges: list[list[int]] = []          # ids of a question and its answer
-        self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
-        self.ended = True                             # by itself, the last answer
-        context = model.config.max_position_embeddings
-        self.room = context - min(max_new_tokens, context // 4)  # for the dialogue up to the answer
-        self.kv_cache = KVCache(model.config, 1, context, model.dtype, model.device)
-
-    def reset(self) -> None:
-        self.exchanges, self.messages, self.kv_cache.length = [], [], 0
-
-    def save(self, path: str) -> None:
-        """Add the dialogue to a file, as a line that train.py --chat can read."""
-        if not path or not self.messages:
-            raise DanubeError("/save takes the name of a file" if not path else "nothing has been said yet")
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": self.messages}) + "\n")
-        except OSError as error:
-            raise DanubeError(f"{path} cannot be written: {error}") from error
-
-    def ask(self, text: str) -> tuple[list[int], int]:
-        """Make room for a question. -> its ids, and how many of the oldest exchanges had to be forgotten"""
-        message, forgotten = {"role": "user", "content": text}, 0
-        ids, _ = render_chat([message], self.tokenizer, add_generation_prompt=True)
-        if len(ids) > self.room:
-            raise DanubeError(f"that is {len(ids):,} tokens, and {self.room:,} fit: shorten it")
-        while sum(map(len, self.exchanges)) + len(ids) > self.room:
-            del self.exchanges[0]
-            forgotten += 1
-            self.kv_cache.length = 0  # every later token moves, and its key was turned for the old place
-        self.messages.append(message)
-        return ids, forgotten
-
-    def answer(self, question: list[int]) -> Generator[str, None, None]:
-        """The answer piece by piece. However it ends, also if it is interrupted, it becomes part of the dialogue."""
-        ids, eos = [*sum(self.exchanges, []), *question], self.model.config.eos_token_id
-        new: list[int] = []
-        pieces: list[str] = []
-        decoder = StreamDecoder(self.tokenizer, ids)
-        input_ids = torch.tensor([ids], device=self.model.device)
-        try:
-            for next_ids in generate_tokens(self.model, input_ids, self.max_new_tokens, **self.sampling,
-                                            kv_cache=self.kv_cache):
-                new += next_ids.tolist()  # of one row
-                pieces.append(decoder.feed(new[-1]))
-                yield pieces[-1]
-            pieces.append(decoder.finish())
-            yield pieces[-1]
-        finally:
-            self.ended = new[-1:] == [eos]
-            self.exchanges.append([*question, *new] + [eos] * (not self.ended))
-            self.messages.append({"role": "assistant", "content": "".join(pieces)})
-
-
-def talk(conversation: Conversation) -> None:
-    """Read questions from standard input, one a line, and print the answers."""
-    if sys.stdin is None:
-        raise DanubeError("--chat reads questions from standard input, which is closed: open it")
-    if interactive := sys.stdin.isatty():
-        print("/reset begins anew, /save FILE adds the conversation to a file, Ctrl-C stops an answer, Ctrl-D leaves")
-    while True:
-        try:
-            line = input("> " if interactive else "").strip()
-            command, _, name = line.partition(" ")
-            if command == "/reset":
-                conversation.reset()
-            elif command == "/save":
-                conversation.save(name.strip())
-            elif line:
-                question, forgotten = conversation.ask(line)
-                if forgotten:
-                    print(f"(the context is full: the oldest {forgotten} exchanges are forgotten)", file=sys.stderr)
-                with contextlib.closing(conversation.answer(question)) as pieces:
-                    for piece in pieces:
-                        print(piece, end="", flush=True)
-                print("" if conversation.ended else f" (cut after {conversation.max_new_tokens} tokens)")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            print()
-        except DanubeError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-class Arguments(argparse.ArgumentParser):
-    """argparse with defaults in --help and errors in one line."""
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action: argparse.Action) -> str | None:
-            return action.help if action.default is None else super()._get_help_string(action)
-
-    def __init__(self, description: str) -> None:
-        super().__init__(description=description, formatter_class=self.Formatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise DanubeError(f"{message} (see {self.prog} --help)")
-
-
-def token_count(text: str) -> int:
-    """'200k', '1.5M', '10B', '4T' -> tokens."""
-    units = {"": 1, "k": 10 ** 3, "m": 10 ** 6, "b": 10 ** 9, "t": 10 ** 12}
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,12})?)([kmbt]?)", text.lower(), re.ASCII)
-    count = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
-    if count.denominator != 1 or not 0 < count < 2 ** 60:
-        raise argparse.ArgumentTypeError(f"{text!r} is no token count: write 200k, 1.5M, 10B or 4T")
-    return int(count)
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch(r"0*[1-9]\d{0,17}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """'auto' is the first of cuda, mps and cpu that is there; processes of torchrun take a GPU each."""
-    if "LOCAL_RANK" in os.environ and ":" in name:
-        raise DanubeError("under torchrun each process takes a GPU of its own: leave --device out")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        (zero := torch.zeros(1, device=name)).item()
-        return zero.device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise DanubeError(f"device {name!r} is not available here, where {torch.cuda.device_count()} GPUs are: use "
-                          "--device auto, and as many processes as GPUs") from error
-
-
-def join_processes(device: torch.device) -> None:
-    """Meet the other processes that torchrun has started, if it has."""
-    if "LOCAL_RANK" not in os.environ:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # Others wait while the first process writes a checkpoint, and for a large model that can take long.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-
-
-def leave_processes() -> int:
-    """Part from the others. -> the number that this process had"""
-    rank, ranks = processes()
-    if ranks > 1:
-        dist.destroy_process_group()
-    return rank
-
-
-def run_command(main: Callable[[], int | None]) -> None:
-    """Run a program; what the user can mend ends in one line and exit code 2."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # bytes that are no text, characters that the terminal lacks
-    try:
-        sys.exit(main())
-    except DanubeError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:  # PyTorch has an OutOfMemoryError for GPUs only
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "you tried to allocate" not in str(error):
-            raise
-        reason, *_ = str(error).split("\n")
-        print(f"error: out of memory ({reason}): train with a smaller "
-              "--micro-batch-size or --recompute on, or give a shorter text", file=sys.stderr)
-    except BrokenPipeError:  # the reader of our output has gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(2)

@@ -1,6 +1,7 @@
 """Let Danube3 speak, `python sample.py out/toy "Once upon a time"`, talk with it, or have it answer a quiz."""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import torch
 
 import danube3
+from extras import cli
 
 
 def arguments() -> argparse.Namespace:
-    parser = danube3.Arguments(__doc__)
+    parser = cli.Arguments(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run folder, or a published Danube3 folder")
     parser.add_argument("prompt", nargs="?", default="", help="the text to go on from; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens, if not before")
@@ -38,9 +40,52 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def save(messages: list[dict[str, str]], path: str) -> None:
+    """Add a dialogue to a file, as a line that train.py --chat can read."""
+    if not path or not messages:
+        raise danube3.DanubeError("/save takes the name of a file" if not path else "nothing has been said yet")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": messages}) + "\n")
+    except OSError as error:
+        raise danube3.DanubeError(f"{path} cannot be written: {error}") from error
+
+
+def talk(conversation: danube3.Conversation) -> None:
+    """Read questions from standard input, one a line, and print the answers."""
+    if sys.stdin is None:
+        raise danube3.DanubeError("--chat reads questions from standard input, which is closed: open it")
+    if interactive := sys.stdin.isatty():
+        print("/reset begins anew, /save FILE adds the conversation to a file, Ctrl-C stops an answer, Ctrl-D leaves")
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+            command, _, name = line.partition(" ")
+            if command == "/reset":
+                conversation.reset()
+            elif command == "/save":
+                save(conversation.messages, name.strip())
+            elif line:
+                question, forgotten = conversation.ask(line)
+                if forgotten:
+                    print(f"(the context is full: the oldest {forgotten} exchanges are forgotten)", file=sys.stderr)
+                with contextlib.closing(conversation.answer(question)) as pieces:
+                    for piece in pieces:
+                        print(piece, end="", flush=True)
+                print("" if conversation.ended else f" (cut after {conversation.max_new_tokens} tokens)")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print()
+        except danube3.DanubeError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
 def main() -> None:
     args = arguments()
-    device = danube3.pick_device(args.device)
+    device = cli.pick_device(args.device)
     dtype = danube3.DTYPES.get(args.dtype)
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
     if args.eval:
@@ -51,7 +96,7 @@ def main() -> None:
         return
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if args.chat:
-        danube3.talk(danube3.Conversation(model, tokenizer, args.max_new_tokens, **sampling))
+        talk(danube3.Conversation(model, tokenizer, args.max_new_tokens, **sampling))
         return
     prompt = sys.stdin.buffer.read().decode("utf-8", "replace") if args.prompt == "-" else args.prompt
     ids = tokenizer.encode_prompt(prompt) or [model.config.bos_token_id]
@@ -68,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    cli.run_command(main)

@@ -12,10 +12,11 @@ import torch
 
 import danube3
 from data import toy
+from extras import cli, planning, report
 
 
 def arguments() -> argparse.Namespace:
-    parser, tokens, count = danube3.Arguments(__doc__), danube3.token_count, danube3.positive
+    parser, tokens, count = cli.Arguments(__doc__), cli.token_count, cli.positive
     parser.add_argument("--init", help="start from the weights of this checkpoint, run or published folder")
     parser.add_argument("--out", type=Path, help="run folder [out/<config>; with --chat out/<init>-chat]")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -74,11 +75,11 @@ def plan(args: argparse.Namespace, config: danube3.DanubeConfig, recipe: danube3
     gpus, memory = args.gpus or 1, (args.gpu_memory or 80) * 1e9
     recipe = danube3.shared_recipe(recipe, gpus)
     try:
-        recompute = danube3.choose_recompute(config, recipe, args.recompute, memory, gpus)
+        recompute = planning.choose_recompute(config, recipe, args.recompute, memory, gpus)
     except danube3.DanubeError:
-        print(danube3.describe_run(config, recipe, gpus, args.recompute != "off", repeats))
+        print(planning.describe_run(config, recipe, gpus, args.recompute != "off", repeats))
         raise
-    sys.exit(print(danube3.describe_run(config, recipe, gpus, recompute, repeats)))
+    sys.exit(print(planning.describe_run(config, recipe, gpus, recompute, repeats)))
 
 
 def pretraining(args: argparse.Namespace,
@@ -131,20 +132,21 @@ def chat(args: argparse.Namespace, base: Path,
 
 def main() -> int:
     args = arguments()
-    device = danube3.pick_device(args.device)
-    danube3.join_processes(device)
+    device = cli.pick_device(args.device)
+    cli.join_processes(device)
     base = danube3.find_checkpoint(args.init) if args.init else None
     model, tokenizer, data = chat(args, base, device) if args.chat and base else pretraining(args, base)
     if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
         raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
-    danube3.set_recompute(model, data.recipe, args.recompute, device)
+    planning.set_recompute(model, data.recipe, args.recompute, device)
     if args.compile:
-        danube3.compile_model(model)
+        cli.compile_model(model)
     model = danube3.share_model(model, device).train()
-    out = args.out or Path("out", f"{Path(args.init).name}-chat" if args.chat else args.config or "toy")
+    start = base.parent if base and base.name.startswith("step-") else base  # a run's newest checkpoint: its folder
+    out = args.out or Path("out", f"{start.name}-chat" if args.chat and start else args.config or "toy")
     write = functools.partial(danube3.save_adapter, base=base) if args.lora and base else danube3.save_checkpoint
     finished = danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write))
-    together, rank = danube3.processes()[1] > 1, danube3.leave_processes()
+    together, rank = danube3.processes()[1] > 1, cli.leave_processes()
     if not finished and rank == 0:
         again = "the same torchrun command," if together else f"python train.py {shlex.join(sys.argv[1:])}"
         print(f"interrupted, and saved; go on with: {again}{'' if args.resume else ' --resume'}")
@@ -155,10 +157,10 @@ def main() -> int:
         danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)
     quiz = (data.data.folder / "quiz.jsonl" if isinstance(data, danube3.StagedData)
             else args.chat.with_name(f"{args.chat.stem}-quiz.jsonl"))
-    danube3.report_run(danube3.load_checkpoint(out, device)[0], tokenizer, data, out, quiz)
+    report.report_run(danube3.load_checkpoint(out, device)[0], tokenizer, data, out, quiz)
     print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))
     return 0
 
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    cli.run_command(main)

@@ -43,6 +43,7 @@ import quantize  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data import prepare  # noqa: E402
+from extras import cli, report  # noqa: E402
 
 TEXT = "Ada lives in Marrow. Brook has 9 geese;  he keeps none: \u00e9t\u00e9 \U0001f600 <s> </s>. Celia plays harp."
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -97,7 +98,7 @@ def child(scratch: Path, main, argv: list = (), before=lambda: None, delay: floa
             torch.set_num_threads(1)
             sys.argv = ["program", *map(str, argv)]
             before()
-            danube3.run_command(main)
+            cli.run_command(main)
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -208,7 +209,7 @@ class World:
                          head_dim=32, vocab_size=320, max_position_embeddings=128)
         danube3.CONFIGS["toy"] = config
         danube3.measure_matmul_peak = lambda device: 1e11   # takes three seconds, and only sets the scale of mfu
-        danube3.plot_curves = lambda out, recipe: None      # half a second, at the end of all
+        report.plot_curves = lambda out, recipe: None      # half a second, at the end of all
         prepare.BATCH_BYTES = 1_000                         # several spool files
         for seed in (0, 1):
             write_data(folder / f"data{seed}", seed)
@@ -461,7 +462,7 @@ def in_process(main, argv: list) -> str:
     sys.argv = ["program", *map(str, argv)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            danube3.run_command(main)
+            cli.run_command(main)
         except SystemExit as end:
             code = end.code or 0
     return Ended(code, out.getvalue(), err.getvalue()).problem()

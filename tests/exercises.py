@@ -428,6 +428,38 @@ def beam_search(danube3):
                                            f"{texts[0][1][5:]}, not {got[0][5:]}")
 
 
+@exercise("5 Generation", 45)
+def undo(danube3):
+    """Take back the last question.
+
+    Write a method undo() of Conversation: the last question and its answer are forgotten, in `exchanges`, `messages`
+    and cache, as if they had never been. If there is none, it raises a DanubeError.
+    Hint: generate_tokens trusts the cache. How much of it is still true?
+    Observe: make it a command of talk in sample.py, /undo.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = small_tokenizer(danube3, folder)
+    model = random_model(danube3, vocab_size=290, max_position_embeddings=256)
+    find(danube3.Conversation, "undo")
+
+    def said(conversation, *questions):
+        return [list(conversation.answer(conversation.ask(question)[0])) for question in questions]
+
+    for temperature in (0.0, 1.0):
+        changed, straight = (danube3.Conversation(model, tokenizer, 6, temperature=temperature, seed=3) for _ in "ab")
+        need(refuses(danube3, changed.undo), "with nothing to take back, undo should raise a DanubeError")
+        said(changed, "Where does Ada live?", "Who has 12 geese, and who has none of them?")
+        changed.undo()
+        left, counted = sum(map(len, changed.exchanges)), changed.kv_cache.length
+        need(counted <= left, f"after undo the cache counts {counted} tokens, and {left} are left")
+        answers = said(changed, "Where?", "And she?"), said(straight, "Where does Ada live?", "Where?", "And she?")
+        need(answers[0] == answers[1][1:], "after undo the answers are not those of a dialogue without the question")
+        for name in ("exchanges", "messages"):
+            need(getattr(changed, name) == getattr(straight, name), f"after undo `{name}` is not what it should be")
+        need_close(changed.kv_cache.kv[..., :changed.kv_cache.length, :],
+                   straight.kv_cache.kv[..., :straight.kv_cache.length, :], "the cache holds something else")
+
+
 # ------------------------------------------------------------------------------------------------------- 6 Checkpoints
 
 @exercise("6 Checkpoints", 20)
@@ -738,40 +770,6 @@ def rows_from_gguf(danube3):
                     stored[head * h + 2 * i] = rows[head * h + i]
                     stored[head * h + 2 * i + 1] = rows[head * h + h // 2 + i]
             need_close(back(name, stored, config), rows, f"{name} of {heads} heads of {h}", 0)
-
-
-# ----------------------------------------------------------------------------------------------------- 13 Command line
-
-@exercise("13 Command line", 45)
-def undo(danube3):
-    """Take back the last question.
-
-    Write a method undo() of Conversation: the last question and its answer are forgotten, in `exchanges`, `messages`
-    and cache, as if they had never been. If there is none, it raises a DanubeError.
-    Hint: generate_tokens trusts the cache. How much of it is still true?
-    Observe: make it a command of talk, /undo.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = small_tokenizer(danube3, folder)
-    model = random_model(danube3, vocab_size=290, max_position_embeddings=256)
-    find(danube3.Conversation, "undo")
-
-    def said(conversation, *questions):
-        return [list(conversation.answer(conversation.ask(question)[0])) for question in questions]
-
-    for temperature in (0.0, 1.0):
-        changed, straight = (danube3.Conversation(model, tokenizer, 6, temperature=temperature, seed=3) for _ in "ab")
-        need(refuses(danube3, changed.undo), "with nothing to take back, undo should raise a DanubeError")
-        said(changed, "Where does Ada live?", "Who has 12 geese, and who has none of them?")
-        changed.undo()
-        left, counted = sum(map(len, changed.exchanges)), changed.kv_cache.length
-        need(counted <= left, f"after undo the cache counts {counted} tokens, and {left} are left")
-        answers = said(changed, "Where?", "And she?"), said(straight, "Where does Ada live?", "Where?", "And she?")
-        need(answers[0] == answers[1][1:], "after undo the answers are not those of a dialogue without the question")
-        for name in ("exchanges", "messages"):
-            need(getattr(changed, name) == getattr(straight, name), f"after undo `{name}` is not what it should be")
-        need_close(changed.kv_cache.kv[..., :changed.kv_cache.length, :],
-                   straight.kv_cache.kv[..., :straight.kv_cache.length, :], "the cache holds something else")
 
 
 # ---------------------------------------------------------------------------------------------------------- the program

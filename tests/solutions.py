@@ -224,14 +224,14 @@ def rows_from_gguf(name, tensor, config):
     pairs = tensor.unflatten(0, (heads, config.head_dim // 2, 2))  # [heads, h/2, 2, ..]
     return pairs.transpose(1, 2).flatten(0, 2)
 """)],
-    "undo": [("    def save(self, path: str) -> None:\n", """\
+    "undo": [("    def ask(self, text: str)", """\
     def undo(self):
         if not self.exchanges:
             raise DanubeError("there is nothing to take back")
         del self.exchanges[-1], self.messages[-2:]
         self.kv_cache.length = min(self.kv_cache.length, sum(map(len, self.exchanges)))
 
-    def save(self, path: str) -> None:\n""")],
+    def ask(self, text: str)""")],
 }
 
 # The wrong rotary embedding and the wrong heads leave a model that is consistent in itself: causality, cache and

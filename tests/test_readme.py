@@ -1,5 +1,6 @@
 """The README's figures against what they were made from."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from conftest import ROOT
 
 import danube3
 from data import experiment
+from extras import planning
 
 README = (ROOT / "README.md").read_text()
 
@@ -69,6 +71,43 @@ def test_map_of_the_file():
     assert {section: int(line) for section, line in links.items()} == headings
 
 
+def sections():
+    """number: (first line, lines) of each section of danube3.py, its heading's upper rule included."""
+    lines = (ROOT / "danube3.py").read_text().splitlines()
+    starts = [n - 1 for n, line in enumerate(lines, 1) if re.match(r"# \d+\. \w", line)]
+    return {i: (start, end - start) for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(lines) + 1]), 1)}
+
+
+def test_first_reading():
+    """What the headings name exists in their section; sections without such a line are read whole. How much it is."""
+    source = (ROOT / "danube3.py").read_text()
+    tree, total = ast.parse(source), 0
+    for start, length in sections().values():
+        heading = " ".join(line.strip("# ") for line in source.splitlines()[start : start + 16] if line[:2] == "# ")
+        if "First reading: " not in heading:
+            total += length
+        elif names := re.findall(r"\w+", heading.split("First reading: ")[1].split(".")[0]):
+            nodes = [node for node in tree.body if start < node.lineno < start + length]
+            found = {node.name: node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            if names[0] != "none":
+                total += sum(found[name].end_lineno - found[name].lineno + 3 for name in names)  # two empty lines
+    text = " ".join(README.split())
+    whole, first = round(len(source.splitlines()), -2), round(total, -2)
+    assert f"`danube3.py` has {whole:,} lines. A first reading takes {first:,} of them" in text
+    assert f"A first reading, of some {first:,} lines, takes" in ast.get_docstring(tree)
+
+
+def counted_lines():
+    """What the comparison counts of this project: -> lines of model, pre-training and sampling; of danube3.py"""
+    programs = [len((ROOT / name).read_text().splitlines()) for name in ("train.py", "sample.py")]
+    parts = [length for number, (_, length) in sections().items() if number in (1, 2, 3, 4, 5, 7, 8, 9)]
+    return sum(parts) + sum(programs), len((ROOT / "danube3.py").read_text().splitlines())
+
+
+def test_lines_in_the_comparison():
+    assert "| {:,} (whole `danube3.py`: {:,}) |".format(*counted_lines()) in README
+
+
 def test_nothing_was_left_open():
     assert not re.search(r"@[A-Z0-9]+@|\b(PASSAGES|TFIDF|TODO)\b", README)
     anchors = {
@@ -105,7 +144,7 @@ def test_costs_in_the_reproduction_table(name, gpu_days, days):
         row for row in table_rows("What the report publishes, and what this computes") if f"training {name}" in row[0]
     )
     tokens = recipe.total_steps * recipe.tokens_per_step
-    cost = danube3.flops_per_token(config, recipe.sequence_length) * tokens / danube3.GPU_FLOPS / 86_400
+    cost = danube3.flops_per_token(config, recipe.sequence_length) * tokens / planning.GPU_FLOPS / 86_400
     assert f"{cost:,.0f} GPU-days" in row[2] and gpu_days in row[2]
     assert f"{cost / 64:.1f} days on 64" in row[2] and days in row[2]
     assert f"{recipe.total_steps:,}" in README
@@ -117,11 +156,13 @@ def test_files_that_the_readme_names():
 
 
 def mend_map():
-    """Write the lines of the sections into the README's links."""
+    """Write the lines of the sections, and how many there are, into the README."""
     text = README
     for n, line in enumerate((ROOT / "danube3.py").read_text().splitlines(), 1):
         if match := re.match(r"# (\d+)\. \w", line):
             text = re.sub(rf"(\| \[{match[1]} [^]]+\]\(danube3\.py#L)\d+", rf"\g<1>{n}", text)
+    counts = "{:,} (whole `danube3.py`: {:,})".format(*counted_lines())
+    text = re.sub(r"[\d,]+ \(whole `danube3.py`: [\d,]+\)", counts, text)
     (ROOT / "README.md").write_text(text)
 
 
