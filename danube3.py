@@ -2,8 +2,9 @@
 
 H2O-Danube3 is a pair of small language models, 500 million and 4 billion parameters, with the Llama architecture. Its
 report trains them in three stages of data, in which noisy web text gives way to cleaner text stage by stage. This file
-is all of it, to be read from top to bottom. A first reading, of some 1,200 lines, takes sections 1 to 5 and 8, and of
-the others what their headings name; the rest is what it takes to hold in practice.
+is all that concerns the model, to be read from top to bottom. A first reading, of some 1,200 lines and what these call,
+takes sections 1 to 4 and 8, and of the others what their headings name; the rest is for real use: wrong input, saved
+work, several GPUs.
 
      1  Configurations      the published sizes and the three stages
      2  Tokenizer           text to ids and back; a conversation as ids and labels
@@ -23,12 +24,16 @@ The letters in every shape comment:
 
     B  batch (rows)         D  hidden_size          H  num_attention_heads (queries)
     T  tokens of one row    F  intermediate_size    K  num_key_value_heads (keys and values)
-    S  tokens so far        V  vocab_size           h  head_dim
-       (these T included)
+    S  cached and new       V  vocab_size           h  head_dim
+       tokens together
 
-(F is also the usual name of torch.nn.functional in code; N and n in a shape are "any number of them"; a matrix that is
-quantized, whatever it is for, is [N, K], K numbers in and N out.) The stream is what runs through all layers, a vector
-[D] for each token; the head (lm_head) is the matrix that makes of it one number, a logit, for each possible next token.
+[] is a single number; N and n are any number of something; a quantized matrix is [N, K], K numbers in and N out, and
+this K is not that of the heads. (F is also the usual name of torch.nn.functional in code.)
+
+A model in five lines: each id becomes a vector [D]. Together these vectors, the stream, run through all layers. In each
+layer tokens first look at each other (attention, in H heads of h numbers), then each is worked on by itself (an MLP of
+width F); both add something to the stream. The head (lm_head) makes of it one number, a logit, for each possible next
+token. The README has a drawing.
 
 Facts carry their source: [R] is the report, its model cards or published configuration files; [C] is our own choice,
 made because nothing was published.
@@ -60,7 +65,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as compute_again  # for a gradient; nothing is written to a disk
+from torch.utils.checkpoint import checkpoint as compute_again  # for a backward pass; nothing is saved
 from tqdm import tqdm
 
 try:
@@ -77,15 +82,15 @@ class DanubeError(Exception):
 # 1. Configurations
 #
 # What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers, from
-# which all that follows reads its sizes, so that no number is written twice and a wrong one is refused once. The field
-# of DanubeConfig are those of the published config.json, so that a downloaded folder needs no translation.
+# which all that follows reads its sizes, so that no number is written twice and a wrong one is refused in one place.
+# The fields of DanubeConfig are those of the published config.json: a downloaded folder needs no translation.
 # Look at head_dim: it is a number of its own. In all three models H x h happens to equal hidden_size, but nothing in
 # the architecture asks for that, and code that computes one from the other breaks on the next model.
 # ======================================================================================================================
 
 @dataclass(frozen=True)
 class DanubeConfig:
-    """The architecture: every number that fixes the shape or the arithmetic of the model. [R] unless marked."""
+    """The architecture: every number that fixes the shape or the arithmetic of the model. For 500m and 4b all [R]."""
 
     hidden_size: int                       # D
     intermediate_size: int                 # F
@@ -96,7 +101,7 @@ class DanubeConfig:
     initializer_range: float               # standard deviation of every matrix at the start
     vocab_size: int = 32_000               # V
     max_position_embeddings: int = 8_192   # the context: the longest row the model is made for
-    rope_theta: float = 100_000.0          # sets how slowly the slowest pair of features turns (rotary_table)
+    rope_theta: float = 100_000.0          # the base of the rotary angles (section 3)
     rms_norm_eps: float = 1e-5
     bos_token_id: int = 1                  # <s>
     eos_token_id: int = 2                  # </s>
@@ -108,6 +113,7 @@ class DanubeConfig:
             if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
                 kind = "an integer" if integer else "a number"
                 raise DanubeError(f"config: {field.name} is {value!r}: give it {kind}")
+            # generous, but no damaged file shall ask for impossible memory
             limit = 2 ** 62 if not integer else 2 ** 10 if field.name == "num_hidden_layers" else 2 ** 24
             smallest = 0 if field.name.endswith("_token_id") else 1 if integer else 1e-30
             if not smallest <= value < limit:
@@ -123,21 +129,21 @@ class DanubeConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with one mixture, which gives each source an integer weight (here in thousandths)."""
+    """A stretch of training with one mixture, which gives each source (a kind of text) an integer weight."""
 
     name: str
     tokens: int
     mixture: dict[str, int]
 
 
-# A step of training: rows of T tokens go through the model, some at a time (a micro-batch), and each adds its gradient
-# to a sum; then every weight moves once, along that sum. A stage is many steps with the same mixture of sources.
+# A step of training: rows of T tokens go through the model, some at a time (a micro-batch), and their gradients are
+# added up; then every weight moves once, so as to lower the loss. A stage is many steps with one mixture of sources.
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. Danube3's own optimizer settings are not published: all of this is [C], starting
-    from the betas and the cosine schedule of the first Danube report (arXiv 2401.16818). Of the stages, the shares of
-    web text and the sums of the tokens are [R]."""
+    """How a model is trained. Of the stages, the shares of web text and the sums of the tokens are [R]. The optimizer's
+    settings (section 8) are [C], since Danube3's own are not published; betas and cosine schedule are those of the
+    first Danube report (arXiv 2401.16818)."""
 
     stages: tuple[Stage, ...]
     sequence_length: int           # T
@@ -183,7 +189,7 @@ class Recipe:
         """The number of steps after which each stage is over. A stage begins with a step, never inside one; rounding
         the running total, not each stage, keeps every boundary within half a step of its token count."""
         tokens = np.cumsum([stage.tokens for stage in self.stages])
-        return [int((2 * int(t) + self.tokens_per_step) // (2 * self.tokens_per_step)) for t in tokens]  # rounded
+        return [int((2 * int(t) + self.tokens_per_step) // (2 * self.tokens_per_step)) for t in tokens]  # nearest
 
     @property
     def total_steps(self) -> int:
@@ -206,7 +212,7 @@ def remix(recipe: Recipe, order: str) -> Recipe:
     if order == "reversed":
         return replace(recipe, stages=recipe.stages[::-1])
     if order == "constant":
-        unit = math.gcd(*(stage.tokens for stage in recipe.stages))  # whole numbers: the same on every machine
+        unit = math.gcd(*(stage.tokens for stage in recipe.stages))  # whole numbers, which nothing rounds
         scale = math.lcm(*(sum(stage.mixture.values()) for stage in recipe.stages))
         # tokens of a source in the whole run, in proportion: sum over stages of tokens times share
         overall = {name: sum(stage.tokens // unit * stage.mixture[name] * (scale // sum(stage.mixture.values()))
@@ -231,7 +237,7 @@ def danube_stages(*tokens: int) -> tuple[Stage, ...]:
 
 
 CONFIGS = {
-    # [C] A toy that two laptop cores train in minutes: few heads, because small matrices are slow matrices.
+    # [C] A toy that two laptop cores train in minutes. Few heads: many small products are slower than few large ones.
     "toy": DanubeConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
                         num_key_value_heads=1, head_dim=64, initializer_range=0.04, vocab_size=1_024,
                         max_position_embeddings=256),
@@ -241,7 +247,7 @@ CONFIGS = {
                        num_key_value_heads=8, head_dim=120, initializer_range=0.01),
 }
 
-# The stage lengths of 500m and 4b are quoted from memory of the report; their sums, 4T and 6T tokens, are [R].
+# The stage lengths of 500m and 4b were not checked against the report; their sums, 4T and 6T tokens, are [R].
 BILLION = 10 ** 9
 RECIPES = {
     "toy": Recipe(danube_stages(900_000, 450_000, 450_000), sequence_length=128, tokens_per_step=1_024,
@@ -257,25 +263,26 @@ def count_parameters(config: DanubeConfig) -> int:
     """Numbers in the model: 513,590,784 for 500m and 3,961,839,360 for 4b [R]."""
     c = config
     attention = 2 * c.hidden_size * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim  # q and o, k and v
-    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size      # + two norms
-    return c.num_hidden_layers * layer + c.hidden_size + 2 * c.vocab_size * c.hidden_size  # + last norm, two embeddings
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size  # + gate, up, down; two norms
+    ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
+    return c.num_hidden_layers * layer + c.hidden_size + ends  # + the last norm
 
 
 # ======================================================================================================================
 # 2. Tokenizer and chat format
 #
 # A model computes with numbers, so text is cut into pieces, each with an id. Danube3 uses the Mistral tokenizer:
-# byte-pair encoding by sentencepiece, which begins with single characters and joins the most frequent pair of
-# neighbours, again and again, until there are 32,000 pieces. Three are control tokens (<unk>; <s>, which begins a
-# document; </s>, which ends one, or a turn) and 256 are single bytes, so that no text is ever unknown. A control token
-# has an id but no spelling: the text "</s>" typed by a user is encoded as ordinary pieces, and only this code, which
-# works with ids, can put the real one in. So nobody can type the end of a turn. (The markers <|prompt|> and <|answer|>
-# are plain text and can be typed: only the </s> in front of them tells a real turn.)
+# byte-pair encoding by sentencepiece. Its training begins with single characters and joins the most frequent pair of
+# neighbours, again and again, until there are 32,000 pieces; a text is cut by doing the same joins in the same order.
+# Three pieces are control tokens (<s>, which begins a document; </s>, which ends one, or a turn; <unk>, which is never
+# needed, because) 256 are single bytes, so that no text is unknown. A control token has an id but no spelling: the text
+# "</s>" typed by a user is encoded as ordinary pieces, and only this code, which works with ids, can put the real one
+# in. So nobody can type the end of a turn.
 # Look at StreamDecoder: why a token cannot be turned into text on its own.
 # ======================================================================================================================
 
 class Tokenizer:
-    """A sentencepiece model with the one decision that is not in its file: whether plain text begins with <s>."""
+    """A sentencepiece model with the one decision that is not in its file: whether a prompt begins with <s>."""
 
     def __init__(self, model_file: str | Path, add_bos: bool = True) -> None:
         self.model_file, self.add_bos = Path(model_file), add_bos
@@ -298,15 +305,15 @@ class Tokenizer:
         """Ids of `text`, without any control token whatever the text spells."""
         try:
             return self.pieces.encode(text)
-        except (RuntimeError, UnicodeError) as error:  # bytes that Python could only keep as lone surrogates
+        except (RuntimeError, UnicodeError) as error:  # from a file name or a flag that was not UTF-8
             raise DanubeError(f"this text is not valid Unicode: {text[:40]!r}") from error
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to be continued or scored: after <s>, as every document was in training."""
+        """Ids of a text to be continued: after <s>, as every document was in training, unless add_bos is off."""
         return ([self.pieces.bos_id()] if self.add_bos else []) + self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.pieces.decode([i for i in ids if i < self.vocab_size])  # a model's vocabulary may be padded
+        return self.pieces.decode([i for i in ids if i < self.vocab_size])  # a model may have more ids
 
 
 class StreamDecoder:
@@ -337,13 +344,14 @@ class StreamDecoder:
         return self.rest()
 
     def rest(self) -> str:
+        """The text of ids[end:], where it stands behind ids[start:end]."""
         before = self.tokenizer.decode(self.ids[self.start:self.end])
         return self.tokenizer.decode(self.ids[self.start:])[len(before):]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> Tokenizer:
-    """Train a tokenizer with the Mistral tokenizer's settings and write it to `model_file`. One thread and no path in
-    the file: the same texts give the same bytes."""
+    """Train a tokenizer of the Mistral tokenizer's kind and write it to `model_file`. One thread and no path in the
+    file: the same texts give the same bytes."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -360,8 +368,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> 
 
 IGNORE = -100  # a label that carries no loss: PyTorch's and transformers' convention
 
-# The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text; </s> is the control
-# token. A system message is refused. The template in Jinja is for other programs; ours is render_chat.
+# The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text that a user can type;
+# only the </s> in front of them, the control token, tells a real turn. A system message is refused. CHAT_TEMPLATE goes
+# into tokenizer_config.json, for other programs; this file uses render_chat.
 CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|prompt|>' + message['content'] + eos_token }}"
@@ -371,7 +380,7 @@ CHAT_TEMPLATE = (
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
-    """The first place where two lists of ids differ: where b, which begins with a's text, says something of its own."""
+    """The first index at which two lists of ids differ; the length of the shorter if they do not."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
@@ -381,7 +390,8 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 
     Each turn, marker and text together, is one plain encode; </s> is added by id. The label of an id is the id itself
     in an assistant's text and in the </s> that ends it, so that the model learns to answer and to stop; everywhere else
-    it is IGNORE, so that it does not learn to ask. No <s> in front. [R]
+    it is IGNORE, so that it does not learn to ask. (Danube3.forward shifts labels by one; whether user and assistant
+    take turns is for check_turns, section 10.) No <s> in front. [R]
     """
     input_ids, labels = [], []
     for message in messages:
@@ -393,7 +403,7 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
                               if role == "system" else f"unknown chat role {role!r}: use user or assistant")
         marker, turn = tokenizer.encode(CHAT_MARKERS[role]), tokenizer.encode(CHAT_MARKERS[role] + content)
         turn += [tokenizer.pieces.eos_id()]
-        start = first_difference(marker, turn)  # not len(marker): ">" and the answer's "=" may share a piece
+        start = first_difference(marker, turn)  # not len(marker): a piece such as ">=" may span both
         input_ids += turn
         labels += [IGNORE] * start + turn[start:] if role == "assistant" else [IGNORE] * len(turn)
     if add_generation_prompt:
@@ -412,9 +422,10 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 # ======================================================================================================================
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension. x [.., D], weight [D] -> [.., D]
+    """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension. x [.., D], weight (the gain) [D] -> [.., D]
 
-    Computed in fp32 whatever the type of x: a sum of D squares can overflow fp16 and loses most of its digits in bf16.
+    Computed in fp32 whatever the type of x: a sum of D squares can overflow fp16, which ends at 65,504, and loses most
+    of the 8 bits that bf16 has.
     """
     x32 = x.float() if x.dtype != torch.float64 else x  # fp64 stays: derivatives are tested in it
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
@@ -425,7 +436,7 @@ def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torc
     """Cosine and sine of the angle p * theta^(-2i/h), positions p = start .. end-1, pairs i. -> 2 x [T, h/2], fp32
 
     Computed anew in each forward pass, which is cheap. Trap: as a buffer of the model it would be rounded by
-    model.bfloat16(), and a frequency that is off by 0.2 %, times position 8,000, is an angle off by two full turns.
+    model.bfloat16(), and a frequency of 0.8 that is off by 0.2 % is an angle off by two full turns at position 8,000.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)  # [h/2]
     angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * frequency              # [T, h/2]
@@ -452,25 +463,25 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     -> [B, H, T, h]
 
     Each token asks with its query q; the products with the keys k of the tokens before it, and its own (that is what
-    "causal" means), say how much of each one's value v it gets. A sum of h products of numbers of size one has the size
-    sqrt(h): undivided, the softmax would soon give all to one key, and pass on no gradient.
+    "causal" means), say how much of each one's value v it gets. A sum of h products of independent numbers of typical
+    size 1 has the typical size sqrt(h): undivided, the softmax would soon give all to one key, and pass on no gradient.
 
     Trap: query head i reads key/value head i // (H / K), neighbours share. With H = 4 and K = 2 query heads 0 and 1
     read 0, 2 and 3 read 1: k.repeat_interleave(H // K, dim=1), not k.repeat; `enable_gqa` does it without the copy.
 
     Trap: the queries are the last T of the S positions, so query t sees keys 0 .. S - T + t. Of two new tokens after
-    three in a cache (T = 2, S = 5) the first sees 11110, the second 11111. `is_causal` lines its triangle up with the
-    first key, not the last (10000, 11000), which is right only for S = T; so after a cache the mask is written out. A
-    single query sees everything and needs none.
+    three in a cache (section 4; T = 2, S = 5) the first sees 11110, the second 11111. `is_causal` lines its triangle up
+    with the first key, not the last (10000, 11000), which is right only for S = T; so after a cache the mask is written
+    out. A single query sees everything and needs none.
     """
     T, S = q.shape[2], k.shape[2]
     mask, causal = None, False
     if T == S:
-        causal = True  # a branch, not `is_causal=T == S`: where lengths vary, torch.compile would pass on a symbol
+        causal = True  # a branch, not `is_causal=T == S`: where lengths vary, torch.compile has no bool for that
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
     share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
-    if not share:  # of a GPU's kernels that keep no [T, S] scores, only the one for bf16 without a mask shares heads
+    if not share:  # on a GPU, copy, but where a kernel that stores no [T, S] scores shares heads: bf16 without a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
 
@@ -485,9 +496,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum of -log softmax(logits)[label] = log(sum of exp(logits)) - logits[label] over labels that are not IGNORE.
     logits [N, V], labels [N] -> []
 
-    Trap: not the mean, which belongs to the whole optimizer step. A step is cut into micro-batches with different
-    numbers of labels; a mean of their means would weigh a token more where it has fewer neighbours. So: sums here, and
-    one division in train_step. In fp32, because sums over V and N would lose their digits in bf16.
+    The sum, not the mean, which belongs to the whole optimizer step: see the trap in train_step. In fp32, because sums
+    over V and N would lose their digits in bf16.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
@@ -497,7 +507,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 # 4. Model
 #
 # The kernels wired together. A module's name is its name in the published checkpoint
-# (model.layers.0.self_attn.q_proj), so loading a checkpoint is reading names. Each layer adds two corrections to a
+# (model.layers.0.self_attn.q_proj), so loading a checkpoint is matching names. Each layer adds two corrections to a
 # stream of vectors [B, T, D]: one from attention, where tokens look at each other, one from the MLP, where each token
 # thinks by itself. Both read a normalised copy of the stream, and the stream itself is never normalised (pre-norm).
 # ======================================================================================================================
@@ -535,6 +545,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Three matrices make queries, keys and values of the stream; o_proj makes one vector [D] of all heads' answers."""
+
     def __init__(self, config: DanubeConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
@@ -577,16 +589,16 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         if self.recompute and torch.is_grad_enabled():
-            return compute_again(self.residuals, x, cos, sin, kv_cache, use_reentrant=False)
-        return self.residuals(x, cos, sin, kv_cache)
+            return compute_again(self.with_corrections, x, cos, sin, kv_cache, use_reentrant=False)
+        return self.with_corrections(x, cos, sin, kv_cache)
 
-    def residuals(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
+    def with_corrections(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """All but the head: ids to the normalised stream of vectors after the last layer."""
+    """The model without its head: ids to the stream after the last layer, normalised."""
 
     def __init__(self, config: DanubeConfig) -> None:
         super().__init__()
@@ -599,7 +611,7 @@ class Decoder(nn.Module):
         start = 0 if kv_cache is None else kv_cache.length  # the position of the first of these tokens
         end = start + input_ids.shape[1]
         cos, sin = rotary_table(start, end, self.config.head_dim, self.config.rope_theta, input_ids.device)
-        x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]; matrices may have another type
+        x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]; with adapters norms are fp32
         for layer in self.layers:
             x = layer(x, cos, sin, kv_cache)
         if kv_cache is not None:
@@ -617,7 +629,7 @@ class Danube3(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # untied from embed_tokens [R]
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # not embed_tokens again [R]
 
     @property
     def device(self) -> torch.device:
@@ -630,7 +642,7 @@ class Danube3(nn.Module):
 
     @staticmethod
     def new(config: DanubeConfig, seed: int) -> "Danube3":
-        """A model to train from the beginning; its memory is filled once, not first by nn.Linear."""
+        """A model to train from the beginning, without the random numbers that nn.Linear would draw first."""
         with torch.device("meta"):  # shapes without memory
             model = Danube3(config)
         return model.to_empty(device="cpu").init_weights(seed)
@@ -677,18 +689,20 @@ class Danube3(nn.Module):
 #
 # The model gives every possible next token a number, its logit; softmax makes probabilities of them. Generation picks a
 # token, appends it, and asks again. With a cache each turn of that loop processes one token instead of the whole text.
+# First reading: next_token_probabilities, generate_tokens, generate.
 # ======================================================================================================================
 
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """softmax(logits / temperature), cut to the likely tokens and renormalised. [B, V] -> [B, V]
 
-    top_k keeps the k likeliest tokens (0: all). top_p keeps the fewest likeliest tokens whose probabilities reach p in
-    sum (1.0: all), at least one: few where the model is sure, many where it is not. (Of 0.5, 0.3, 0.2 with p = 0.6 the
-    first two: before them stand 0, 0.5 and 0.8.)
+    A temperature below 1 favours the likely tokens, one above 1 the others. top_k keeps the k likeliest (0: all). top_p
+    keeps the fewest likeliest tokens whose probabilities reach p in sum (1.0: all), at least one: few where the model
+    is sure, many where it is not. (Of 0.5, 0.3, 0.2 with p = 0.6 the first two: those before the second make up 0.5,
+    which is less than p, and those before the third 0.8, which is not.)
     """
     logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow, however small the temperature
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
-    if top_k == 0 and top_p >= 1.0:  # sorting a vocabulary of 32,000 would take a tenth of a token's time
+    if top_k == 0 and top_p >= 1.0:  # nothing to sort for
         return probabilities
     probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
     keep = torch.ones_like(probabilities, dtype=torch.bool)
@@ -705,11 +719,11 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
 @torch.no_grad()
 def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
                     top_p: float = 1.0, seed: int | None = None, kv_cache: KVCache | None = None) -> Iterator[Tensor]:
-    """Continue input_ids [B, T]; yields the next token of every row, [B], until all rows have ended.
+    """Continue rows of one length, input_ids [B, T]; yields the next token of each, [B], until all have ended.
 
     temperature 0 takes the likeliest token. A row ends with </s>, which is yielded, and yields </s> from then on. The
-    loop also ends after `max_new_tokens`, or when the context is full. A `kv_cache` that is given may hold a beginning
-    of input_ids already, which is then not processed again; not all of them, since the last is still to be asked.
+    loop also ends after `max_new_tokens`, or when the context is full. A `kv_cache` that is given may hold the first of
+    input_ids already, which are then passed over; not the last one, whose logits are needed.
     """
     B, T = input_ids.shape
     context = model.config.max_position_embeddings
@@ -752,8 +766,8 @@ def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature
 class Conversation:
     """A dialogue with a model, of which the newest exchanges are remembered, as many as the context holds.
 
-    Kept as the ids that the model read and wrote, so that the cache of one answer serves the next; only an answer that
-    was cut gets the </s> that it lacks.
+    The ids that the model read and wrote are kept, not only their text, so that the cache of one answer serves the
+    next; an answer that was cut gets the </s> that it lacks.
     """
 
     def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
@@ -761,16 +775,16 @@ class Conversation:
         self.exchanges: list[list[int]] = []          # ids of a question and its answer
         self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
         self.asked = {"role": "user", "content": ""}  # the last question
-        self.ended = True                             # by itself, the last answer
+        self.ended = True                             # whether the last answer ended by itself
         context = model.config.max_position_embeddings
-        self.room = context - min(max_new_tokens, context // 4)  # for the dialogue up to the answer
+        self.room = context - min(max_new_tokens, context // 4)  # for all before an answer: 3/4 at least [C]
         self.kv_cache = KVCache(model.config, 1, context, model.dtype, model.device)
 
     def reset(self) -> None:
         self.exchanges, self.messages, self.kv_cache.length = [], [], 0
 
-    def ask(self, text: str) -> tuple[list[int], int]:
-        """Make room for a question. -> its ids, and how many of the oldest exchanges had to be forgotten"""
+    def make_room(self, text: str) -> tuple[list[int], int]:
+        """Make room for a question. -> its ids, for answer, and how many of the oldest exchanges had to be forgotten"""
         message, forgotten = {"role": "user", "content": text}, 0
         ids, _ = render_chat([message], self.tokenizer, add_generation_prompt=True)
         if len(ids) > self.room:
@@ -808,8 +822,8 @@ class Conversation:
 #
 # A checkpoint is a Hugging Face Llama folder: transformers and everything built on it opens ours, and we open theirs.
 # To go on training, it also holds trainer.pt. A folder is written under another name and renamed when it is whole and
-# on the disk, so that a folder with the right name is always complete, whenever the power went.
-# First reading: none of this section. A model goes into a folder, and comes out of it again.
+# on the disk, so that a folder with the right name is always complete, even if the power fails.
+# First reading: none.
 # ======================================================================================================================
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -834,8 +848,8 @@ def sync(path: Path) -> None:
 
 
 def lock(handle: int, path: Path) -> None:
-    """Refuse an open file or folder that another program has locked. The lock ends with the last process that holds
-    the handle, by itself or from the one that forked it, however those end."""
+    """Lock an open file or folder; refuse one that another program has locked. The lock lasts until this process, and
+    those that it has forked, have ended, however they end."""
     for _ in range(40 if fcntl else 0):  # two seconds: the workers of a program that was killed take a moment to go
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -866,22 +880,23 @@ def write_digests(folder: Path) -> None:
         sync(path)
 
 
-def remove_all(folder: Path) -> None:
-    """Empty a folder, which stays, with its lock."""
+def empty_folder(folder: Path) -> None:
+    """Remove what a folder holds; the folder stays, with its lock."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into; on success it gets its digests and becomes `folder`, on failure it goes."""
+    """A temporary folder to write into; on success it gets its digests and becomes `folder`; on failure
+    it is removed."""
     if folder.exists():
         raise DanubeError(f"{folder} already exists: remove it first, or choose another place")
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         try:
-            remove_all(partial)
+            empty_folder(partial)
             yield partial
             write_digests(partial)
             partial.rename(folder)
@@ -892,7 +907,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def verify_digests(folder: Path, largest: float = math.inf, but: str = "") -> None:
     """Compare a folder's files, those of at most `largest` bytes and not `but`, with its list of digests, where it has
-    one (downloaded folders have none). Questions and conversations (.jsonl) are there to be edited."""
+    one (downloaded folders have none). Questions and conversations (.jsonl) may be edited, and are not compared."""
     if not (folder / DIGESTS).is_file():
         return
     for line in (folder / DIGESTS).read_text(errors="replace").splitlines():
@@ -979,31 +994,9 @@ def write_tensors(folder: Path, name: str, weights: dict[str, Tensor], trainer: 
         raise DanubeError(f"{folder} could not be written ({reason}): is there room on the disk?") from error
 
 
-# Several GPUs. torchrun starts this program once for each GPU: `ranks` processes, of which this one has the number
-# `rank`. All run the same lines, and meet in collective calls (in all_reduce every process gets the sum of what each
-# one brings), so that a call which only some of them make waits for ever. A model too large for one GPU is cut: each
-# process keeps 1 / ranks of every weight and moment, and a layer's weights are put together from all processes just
-# before it computes, and dropped after ("fully sharded data parallel", FSDP). With one process none of this happens.
-
-def processes() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are: 0 and 1 unless torchrun has started them."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def say(text: str) -> None:
-    """Print, in the first process only."""
-    if processes()[0] == 0:
-        print(text)
-
-
-def wait_for_all() -> None:
-    """Return when all processes have come here."""
-    if processes()[1] > 1:
-        dist.barrier()
-
-
 def whole_weights(model: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
-    """The weights of a model, on the CPU. If processes share it, all must call this, and the first gets them."""
+    """The weights of a model, on the CPU. If several processes share it (section 9) all must call this; the first gets
+    the weights, the others an empty dict."""
     from torch.distributed.checkpoint import state_dict  # takes two seconds to import
     options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     weights: dict[str, Any] = state_dict.get_model_state_dict(model, options=options)
@@ -1040,7 +1033,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. The smallest and the largest tell, ten times as fast: NaN, if any, is both."""
+    """Whether all values are finite. The smallest and the largest tell, ten times as fast: with a NaN both are NaN."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
@@ -1111,8 +1104,8 @@ def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tenso
 
 def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None,
                  filled: Callable[[nn.Module], None] = lambda module: None) -> None:
-    """Fill a model that is on torch's "meta" device (shapes without memory), tensor by tensor, so that loading needs
-    the weights once. Matrices and norms become `dtype`, by default that of the first one read; codes and scales
+    """Fill a model that is on torch's "meta" device (shapes without memory), tensor by tensor, so that memory holds
+    the weights only once. Matrices and norms become `dtype`, by default that of the first one read; codes and scales
     (section 12) stay as they are stored. `filled` is called with each module that has got the last of its tensors.
     """
     for name, weight in checked_weights(folder, model):
@@ -1135,13 +1128,13 @@ def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dty
 # batches before must be drawn again, and with another number of processes it is another answer. Here it is a pure
 # function of the step, so there is no state: two small pieces of arithmetic, one that shares rows among sources
 # (mixture_pattern), and one that shuffles without storing the order (shuffled).
-# First reading: mixture_pattern, shuffled, StagedData.
+# First reading: TokenSource, mixture_pattern, shuffled, StagedData.
 # ======================================================================================================================
 
 def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]],
                  shard_tokens: int = 2 ** 27) -> list[int]:
-    """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .. of at most `shard_tokens` ids and one
-    document's overhang. -> the number of tokens in each."""
+    """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .., `split` being train or val. A shard
+    ends with the document that brings it to `shard_tokens`. -> the number of tokens in each."""
     counts: list[int] = []
     shard: list[int] = []
 
@@ -1260,12 +1253,12 @@ def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
 def shuffled(index: int, size: int, key: str) -> int:
     """Where `index` goes in a random order of 0 .. size-1 that `key` names, without storing the order.
 
-    A Feistel network, as in block ciphers: write the index as two digits in base m = ceil(sqrt(size)), and four times
+    A Feistel network, as in block ciphers: write the index as two digits in base ceil(sqrt(size)), and four times
 
-        (high, low) -> (low, (high + hash(key, round, low)) mod m)
+        (high, low) -> (low, (high + hash(key, round, low)) mod base)
 
-    Each round can be undone by subtracting, so no two of the m * m numbers meet. A result past size - 1 goes through
-    again: the numbers form cycles, and following them, each place inside comes to a place inside, no two to the same.
+    Each round can be undone by subtracting, so no two of the base^2 numbers come to the same one. A result past size-1
+    goes through again, until it is inside: along the cycles of such an order no two starts end at the same place.
     """
     base = math.isqrt(size - 1) + 1
     while True:
@@ -1282,7 +1275,7 @@ VALIDATION_ROWS = 32  # of each source [C]
 MAX_REPEATS = 100     # times that a run may read a source [C]
 
 
-def validation_rows(source: TokenSource) -> Tensor:
+def validation_windows(source: TokenSource) -> Tensor:
     """VALIDATION_ROWS windows of a source, spread evenly, or all if it has fewer. -> [N, T]"""
     picks = sorted({i * source.windows // VALIDATION_ROWS for i in range(VALIDATION_ROWS)})
     return torch.from_numpy(np.stack([source.window(i) for i in picks]))
@@ -1320,12 +1313,12 @@ class StagedData:
             if times > MAX_REPEATS:
                 raise DanubeError(f"source {name!r} has {self.sources[name].windows:,} rows of {data.sequence_length}, "
                                   f"and its share is {self.used[-1][name]:,}, {times:,.0f} times as many; more than "
-                                  f"{MAX_REPEATS} teach nothing: give it more text, or lower --tokens")
+                                  f"{MAX_REPEATS} are refused: give it more text, or lower --tokens")
 
     @staticmethod
     def rows_before(count: np.ndarray, row: int) -> int:
         """Rows of a source among the first `row` of a stage, given its counts over one pattern."""
-        periods, rest = divmod(row, max(1, len(count) - 1))
+        periods, rest = divmod(row, max(1, len(count) - 1))  # a stage without steps has an empty pattern
         return int(periods * count[-1] + count[rest])
 
     def row(self, step: int, index: int) -> tuple[str, int]:
@@ -1348,7 +1341,7 @@ class StagedData:
     def validation_rows(self) -> dict[str, tuple[Tensor, Tensor]]:
         """input_ids and labels of each source's validation text: the same rows, twice."""
         names = self.recipe.stages[0].mixture
-        return {name: (validation_rows(self.data.open(name, "val")),) * 2 for name in names}
+        return {name: (validation_windows(self.data.open(name, "val")),) * 2 for name in names}
 
     @property
     def identity(self) -> dict[str, str]:
@@ -1359,14 +1352,15 @@ class StagedData:
 # ======================================================================================================================
 # 8. Optimizer
 #
-# AdamW keeps two running means for each weight, of the gradient (beta1) and of its square (beta2): it steps along the
-# first, divided by the root of the second, so that all weights move at a similar speed, and shrinks the weights a
-# little besides. The learning rate rises over the first steps, while those estimates are still poor, and then falls
-# along half a cosine: large steps to get there, small ones to settle.
+# AdamW keeps two running means for each weight, its moments: of the gradient (beta1) and of its square (beta2). It
+# steps against the first, divided by the root of the second, so that all weights move at a similar speed, and shrinks
+# the weights a little besides. The learning rate rises over the first steps, while those means are still poor, and
+# then falls along half a cosine: large steps to get there, small ones to settle.
 #
-#     m = beta1 m + (1 - beta1) g          the mean of the gradient g, and v that of its square. Both begin at 0, which
-#     v = beta2 v + (1 - beta2) g^2        m' = m / (1 - beta1^t) and v' = v / (1 - beta2^t) make up for at step t.
-#     w = w - lr (m' / (sqrt(v') + eps) + decay w)
+#     m = beta1 m + (1 - beta1) g                      g is the gradient
+#     v = beta2 v + (1 - beta2) g^2                    m and v begin at 0, for which at step t = 1, 2, ..
+#     m' = m / (1 - beta1^t), v' = v / (1 - beta2^t)   makes up
+#     w = w - rate (m' / (sqrt(v') + eps) + decay w)   decay is weight_decay
 # ======================================================================================================================
 
 def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
@@ -1379,8 +1373,8 @@ def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def make_moments(model: Danube3, optimizer: torch.optim.AdamW) -> None:
-    """Let an optimizer have its moments from the beginning. A checkpoint before the first step would make torch do it,
-    by a step without gradients, which it counts."""
+    """Create an optimizer's moments before the first step. Asked for its state, torch does it by an empty step, which
+    it counts: so ask now, and set the count back to 0."""
     from torch.distributed.checkpoint import state_dict  # takes two seconds to import
     state_dict.get_optimizer_state_dict(model, optimizer)
     for state in optimizer.state.values():
@@ -1404,10 +1398,10 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 # ======================================================================================================================
 # 9. Training
 #
-# One loop: take the batch of this step, sum the loss over its micro-batches, go back, clip, step, write a line.
+# One loop: take the batch of this step, sum the loss over its micro-batches, backward, clip, step, write a line.
 # Around it stand the things that make a long run bearable: checkpoints, resuming to the bit, a bar that tells when it
 # will be over, and how much of the machine's arithmetic the run really uses.
-# First reading: flops_per_token, used_lengths, micro_batches, train_step, train.
+# First reading: compute_dtype, autocast, flops_per_token, used_lengths, micro_batches, train_step, mean_loss, train.
 # ======================================================================================================================
 
 MAX_SKIPPED_STEPS = 5  # in a row, before a run that has stopped making sense is ended [C]
@@ -1427,9 +1421,46 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+# Several GPUs. torchrun starts this program once for each GPU: `ranks` processes, of which this one has the number
+# `rank`. All run the same lines, and meet in collective calls (in all_reduce every process gets the sum of what each
+# one brings), so that a call which only some of them make waits for ever. A model too large for one GPU is cut: each
+# process keeps 1 / ranks of every weight and moment, and a layer's weights are put together from all processes just
+# before it computes, and dropped after ("fully sharded data parallel", FSDP). With one process none of this happens.
+
+def processes() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are: 0 and 1 unless torchrun has started them."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def say(text: str) -> None:
+    """Print, in the first process only."""
+    if processes()[0] == 0:
+        print(text)
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part, in full. Others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def in_any_process(condition: bool, device: torch.device) -> bool:
+    """Whether a condition holds in at least one process. All must ask."""
+    if processes()[1] == 1:
+        return condition
+    count = torch.tensor(int(condition), device=device)
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
 def shared_recipe(recipe: Recipe, ranks: int) -> Recipe:
-    """The recipe for so many processes or GPUs: each takes as many rows of a step, in micro-batches of at most the
-    recipe's size that divide them evenly."""
+    """The recipe for so many processes or GPUs: each takes an equal share of a step's rows, in micro-batches of at most
+    the recipe's size that divide it evenly."""
     rows, rest = divmod(recipe.rows_per_step, ranks)
     if rest:
         raise DanubeError(f"a step of {recipe.rows_per_step} rows cannot be shared evenly by {ranks} processes: make "
@@ -1472,24 +1503,10 @@ def share_model(model: Danube3, device: torch.device) -> Danube3:
     return model
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process holds a part, in full. Others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def in_any_process(condition: bool, device: torch.device) -> bool:
-    """Whether a condition holds in at least one process. All must ask."""
-    if processes()[1] == 1:
-        return condition
-    count = torch.tensor(int(condition), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
-
-
 def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 10) -> float:
     """The best rate at which this device multiplies two square matrices in its compute type, in operations a second.
-    The share of it that a run uses for what the model needs is its mfu, model FLOPs utilization; others take the data
-    sheet's peak for it, which no product reaches."""
+    A run's mfu, model FLOPs utilization, is flops_per_token times tokens a second over this; others divide by the data
+    sheet's peak."""
     size = size if device.type == "cpu" else 4 * size
     a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
     best = math.inf
@@ -1512,7 +1529,7 @@ def micro_batches(input_ids: Tensor, labels: Tensor, size: int,
     """Cut rows [N, T] into pieces of at most `size` rows, each no longer than it must be, on the model's device."""
     for ids, targets in zip(input_ids.split(size), labels.split(size)):
         length = max(1, int(used_lengths(targets).amax()))
-        at_once = device.type == "cuda"  # elsewhere a copy that is not waited for may read memory that is free again
+        at_once = device.type == "cuda"  # elsewhere a copy that is not waited for may read memory that has been freed
         yield ids[:, :length].to(device, non_blocking=at_once), targets[:, :length].to(device, non_blocking=at_once)
 
 
@@ -1572,7 +1589,7 @@ class Run:
     `data` is StagedData, or anything else with its recipe, batch(step), validation_rows() and identity. What makes a
     run this run (configuration, recipe, data, `base`: the folder that the weights came from) must be the same when it
     is resumed.
-    `write_model(folder, model, tokenizer, trainer, dtype, weights)` writes it: save_checkpoint or save_adapter.
+    `write_model(folder, model, tokenizer, trainer, dtype, weights)` is save_checkpoint or save_adapter (section 10).
     """
 
     def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData",
@@ -1629,7 +1646,7 @@ class Run:
             options = state_dict.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen stays as it is
             state_dict.set_model_state_dict(self.model, weights, options=options)
             state_dict.set_optimizer_state_dict(self.model, self.optimizer, trainer["optimizer"], options=options)
-            for group in self.optimizer.param_groups:  # a list now, which would be written as other bytes
+            for group in self.optimizer.param_groups:  # loaded as a list, which is saved as other bytes
                 group["betas"] = tuple(group["betas"])
             if trainer["scaler"]:  # nothing, where the checkpoint comes from a machine that needed no loss scale
                 self.scaler.load_state_dict(trainer["scaler"])
@@ -1694,7 +1711,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one; only then remove the one before. All processes gather,
-        the first one writes, and the others wait, since torchrun ends all when one ends."""
+        the first one writes, and the others wait: torchrun would take an early end for a failure."""
         from torch.distributed.checkpoint import state_dict
         if self.saved == self.step:
             return
@@ -1753,8 +1770,10 @@ def train(run: Run) -> bool:
     each stage; that loss also before the first step. While a step computes, a thread reads the next batch.
 
     -> False if Ctrl-C ended it early; the run is saved then too."""
-    recipe, model, validation, (rank, ranks) = run.data.recipe, run.model, run.data.validation_rows(), processes()
-    peak, frozen = ranks * measure_matmul_peak(run.device), len(run.trained_weights()) < len(model.state_dict())
+    recipe, model, validation = run.data.recipe, run.model, run.data.validation_rows()
+    rank, ranks = processes()
+    peak = ranks * measure_matmul_peak(run.device)
+    frozen = len(run.trained_weights()) < len(model.state_dict())
     trained = sum(weight.numel() for weight in run.trained_weights().values())
     say(f"{trained:,} parameters to train, {recipe.total_steps:,} steps of {recipe.rows_per_step} rows on "
         f"{ranks} x {run.device.type} in {str(compute_dtype(run.device)).removeprefix('torch.')}")
@@ -1776,15 +1795,14 @@ def train(run: Run) -> bool:
                 return False
             stage, start = recipe.stages[recipe.stage_at(run.step)].name, time.perf_counter()
             input_ids, labels = upcoming.result()
-            upcoming = reader.submit(run.batch, min(run.step + 1, recipe.total_steps - 1))
+            upcoming = reader.submit(run.batch, min(run.step + 1, recipe.total_steps - 1))  # at the end, any
             tokens = int(used_lengths(labels).sum())
             loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
             rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
             flops = flops_per_token(model.config, tokens // len(labels), passes=2 if frozen else 3)
-            # fp16: a finite loss with a gradient that is not was scaled too far. The scaler has halved its scale.
-            overscaled = math.isfinite(loss) and run.scaler.get_scale() > 1
-            skipped = not finite and not overscaled
-            run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, run.skipped + 1 if skipped else 0
+            # fp16: a finite loss with a gradient that is not means too large a scale, which the scaler has halved
+            failed = not finite and not (math.isfinite(loss) and run.scaler.get_scale() > 1)
+            run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, run.skipped + 1 if failed else 0
             run.write(step=run.step, stage=stage, tokens=run.tokens, loss=loss if finite else None,
                       lr=learning_rate(run.step - 1, recipe), grad_norm=grad_norm if finite else None,
                       tokens_per_second=round(rate), mfu=round(rate * flops / peak, 4))
@@ -1804,8 +1822,8 @@ def train(run: Run) -> bool:
 # A base model continues text; after a few thousand conversations it answers. Nothing new is needed for that: a
 # conversation becomes input_ids and labels (section 2), and the loop of section 9 does not ask where its batches come
 # from. What is new is LoRA: instead of a matrix W, train a small correction B A beside it, with so few numbers that
-# neither their gradients nor their moments weigh anything, and one base model can carry many of them.
-# First reading: pad_rows, LoRALinear.
+# their gradients and moments take hardly any memory, and one base model can carry many such pairs.
+# First reading: pad_rows, LoRALinear, add_lora.
 # ======================================================================================================================
 
 CHAT_ROWS = 16        # conversations of one optimizer step [C]
@@ -1892,8 +1910,8 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
 
 
 def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Rows [2, T_i] of input_ids and labels as 2 x [N, T], filled up on the right, where no token looks. What is filled
-    up is known by its place, not by its id: that is <unk>, and could be a token like any other."""
+    """Rows [2, T_i] of input_ids and labels as 2 x [N, T], filled up on the right, where no earlier token looks. The
+    label IGNORE tells padding, not its id: that is <unk>, and could be a token like any other."""
     input_ids = torch.zeros(len(rows), max(row.shape[1] for row in rows), dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE)
     for i, row in enumerate(rows):
@@ -1902,10 +1920,9 @@ def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch_size: int, lora: bool) -> Recipe:
-    """One stage an epoch, and constants that are all [C] but one: H2O LLM Studio's default, 1e-4 for adapters. All
-    weights together take a tenth of that, or they forget what they knew; a model narrower than 500m (1,536) takes more
-    in proportion. Tokens are
-    counted as if all rows were as long as the longest; what is read in fact is in metrics.jsonl."""
+    """One stage an epoch. 1e-4 for adapters is the default of H2O LLM Studio, the program that Danube3 was tuned with
+    [R]; the rest is [C]: all weights together take a tenth of that, and both rates grow as models get narrower than
+    500m (1,536). Tokens are counted as if all rows were as long as the longest; metrics.jsonl has what was read."""
     longest, batch_size = max(row.shape[1] for row in rows), min(batch_size, len(rows))
     sizes = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
     ends = [-(-(i + 1) * len(rows) // batch_size) for i in range(epochs)]  # steps; rounded up, nothing is left out
@@ -1920,8 +1937,8 @@ def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch
 class ChatData:
     """Conversations as batches, in the manner of StagedData, and a few of them, drawn at random, to measure on.
 
-    A step takes the next `rows_per_step` conversations of a shuffled order, which is a new one in each epoch. The
-    longest of them come first, so that rows of like length share a micro-batch.
+    A step takes the next `rows_per_step` conversations of a shuffled order, which is a new one in each epoch. Within a
+    step the longest come first, so that rows of like length share a micro-batch.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, config: DanubeConfig, epochs: int = 1,
@@ -2057,7 +2074,7 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
 # The training loss says that a model learns, not what it can do. Three ways to examine it: how much a text surprises it
 # (perplexity), which of several continuations it finds likeliest (multiple choice, and the labels of texts), and what
 # it says by itself (free answers). Each gives a dict of numbers.
-# First reading: continuation_log_likelihood, encoded_choice.
+# First reading: text_perplexity, continuation_log_likelihood, encoded_choice.
 # ======================================================================================================================
 
 def read_text(path: str | Path) -> str:
@@ -2107,10 +2124,10 @@ def matching_data(folder: str | Path, tokenizer: Tokenizer, config: DanubeConfig
 
 def loss_per_source(model: Danube3, tokenizer: Tokenizer, folder: str | Path) -> dict[str, float]:
     """Loss on VALIDATION_ROWS rows of each source of a data folder. Rows are half of the model's context, at most
-    2,048 [C]."""
+    2,048, so that the toy is measured as it was trained [C]."""
     context = min(2_048, model.config.max_position_embeddings // 2)
     data = matching_data(folder, tokenizer, model.config, context)
-    rows = {name: validation_rows(data.open(name, "val")) for name in data.meta["sources"]}
+    rows = {name: validation_windows(data.open(name, "val")) for name in data.meta["sources"]}
     return {name: mean_loss(model, ids, ids, max(1, LOGIT_ROWS // context)) for name, ids in rows.items()}
 
 
@@ -2168,9 +2185,9 @@ def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -
 
 
 def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
-    """The share of questions (as in choice_scores, with an "answer") whose right choice scores highest: by summed
-    log-likelihood (acc, with its standard error), by that over the number of characters, which does not favour short
-    choices (acc_norm), and by guessing. The names are lm-evaluation-harness's, and so are the definitions."""
+    """Questions as in choice_scores, with an "answer". acc is the share whose right choice has the highest log-
+    likelihood, acc_stderr its standard error, acc_norm the same with log-likelihoods a character, which does not favour
+    short choices (names and definitions are lm-evaluation-harness's); guessing is what chance would give."""
     for number, question in enumerate(questions, start=1):
         choices = question.get("choices")
         if not isinstance(choices, list) or question.get("answer") not in range(len(choices)):
@@ -2204,7 +2221,7 @@ def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> d
 
 def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64,
                  batch_size: int = 64) -> list[tuple[str, bool]]:
-    """The model's likeliest answer to each conversation, word by word, and whether it ended it by itself."""
+    """The model's greedy answer to each conversation, always the likeliest token, and whether it ended by itself."""
     prompts = [render_chat(messages, tokenizer, add_generation_prompt=True)[0] for messages in conversations]
     answers, eos = {}, model.config.eos_token_id
     for length in tqdm(sorted(set(map(len, prompts))), desc="answers", leave=False, disable=None):
@@ -2263,8 +2280,8 @@ def as_table(results: dict[str, float]) -> str:
 # once, so a quarter of the bytes can be four times the speed. Rounding each weight to its nearest level is simple, and
 # at 8 bits enough; at 4 bits GPTQ does better: it rounds column by column, and lets the columns still to come make up
 # for the error just made. What both formats can hold, GGUF files can hold too (as Q8_0 and Q4_0), value for value.
-# First reading: quantize_int8, quantize_int4, pack_int4, unpack_int4, dequantize, QuantizedLinear, search_scales, gptq,
-# rows_for_gguf.
+# First reading: as_stored, inverse, quantize_int8, quantize_int4, dequantize, gptq. (Its derivation is above
+# search_scales.)
 # ======================================================================================================================
 
 GROUP = 32  # weights that share a scale in int4, and in GGUF files
@@ -2277,11 +2294,11 @@ SCHEMES = {"int8": {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
 
 
 def as_stored(scales: Tensor) -> Tensor:
-    """The scales as fp16 will hold them, where it holds them badly.
+    """Scales that fp16 holds with less than its full precision, rounded to fp16; others as they are.
 
-    Below 2^-14 fp16 has fewer and fewer digits, and below 3e-8 none. A code made for the exact scale would be wrong for
-    the stored one, so such scales are rounded first. Above, rounding changes a scale by less than 0.05 %, and llama.cpp
-    makes its codes for the unrounded one: so do we, to get the same codes.
+    Below 2^-14 fp16 has fewer and fewer digits, and what is below 3e-8 becomes 0. A code made for the exact scale would
+    be wrong for the stored one, so such scales are rounded first. Above, rounding changes a scale by less than 0.05 %,
+    and llama.cpp makes its codes for the unrounded one: so do we, to get the same codes.
     """
     return torch.where(scales.abs() < 2 ** -14, scales.half().float(), scales)
 
@@ -2302,9 +2319,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """w is about (code - 8) * d, codes 0 .. 15, with a scale d for each group of 32, such that the largest weight is
-    -8 d, with its sign: d is negative where that is positive. weight [N, K] -> codes uint8 [N, K], scales fp16
-    [N, K / 32]"""
+    """w is about (code - 8) * d, codes 0 .. 15. The scale d of each group of 32 is the weight of largest magnitude,
+    with its sign, over -8, so that its code is 0. weight [N, K] -> codes uint8 [N, K], scales fp16 [N, K / 32]"""
     groups = weight.float().unflatten(1, (-1, GROUP))                     # [N, K/32, 32]
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [N, K/32, 1]
     scales = as_stored(largest / -8)
@@ -2437,15 +2453,16 @@ def read_scheme(folder: Path) -> dict[str, int] | None:
 
 
 # GPTQ (arXiv 2210.17323). For y = W x, an error E of W costs the mean of |E x|^2 = trace(E C E^T), with C the mean of
-# x x^T over the calibration data (called the hessian; any multiple of it will do). Each row e of E is a problem of its
-# own:
+# x x^T over the calibration data. (C is half the second derivative of the cost, and so called the hessian; any multiple
+# of it will do.) Each row e of E is a problem of its own:
 #
 #     1  Rounding weight i fixes e_i. The weights after it are still free: choose theirs so that e C e^T is smallest.
-#     2  The answer is e = e_i P_1 / P_11, at the cost e_i^2 / P_11: P is the inverse of what is left of C (rows and
-#        columns i, i + 1, ..), and P_1 its first row.
-#     3  One factorisation has all these inverses in it: with C^-1 = U^T U, U upper triangular, P_1 = U_ii U_i and
-#        P_11 = U_ii^2. So the weights j > i move by -(w_i - rounded w_i) U_ij / U_ii, and 1 / U_ii^2 says how much the
-#        rounding error of column i counts: its importance.
+#     2  Where the derivative by each free e_j is 0, only the first entry of e C is not: e is a multiple of P_1, the
+#        first row of P, the inverse of what is left of C (rows and columns i, i + 1, ..). So e = e_i P_1 / P_11, and
+#        the cost is e_i^2 / P_11.
+#     3  One factorisation has all these inverses in it: with C^-1 = U^T U, U upper triangular, the same product of the
+#        rows and columns from i on is P, so P_1 = U_ii U_i and P_11 = U_ii^2. The weights j > i move by
+#        -(w_i - rounded w_i) U_ij / U_ii, and 1 / U_ii^2 is how much the error of column i counts: its importance.
 
 def search_scales(groups: Tensor, importance: Tensor) -> Tensor:
     """The scale of each group that makes its error, weighted by importance, smallest. groups [N, 32], importance [32]
@@ -2467,7 +2484,8 @@ def search_scales(groups: Tensor, importance: Tensor) -> Tensor:
 def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor, Tensor]:
     """weight [N, K], hessian [K, K] (any multiple of it) -> codes uint8 [N, K], scales fp16 [N, K / 32]
 
-    `damping` [C], a share of the mean of the diagonal, keeps inputs that hardly occurred from overruling the others.
+    `damping` [C], a share of the mean of the diagonal, is added to it, so that inputs that hardly occurred do not move
+    the others far.
     """
     weight, K = weight.float().clone(), weight.shape[1]
     hessian = hessian.float() + torch.eye(K, device=hessian.device) * (damping * hessian.diagonal().mean() + 1e-12)
@@ -2476,7 +2494,7 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor
     for start in range(0, K, GROUP):
         end = start + GROUP
         block = weight[:, start:end]  # a view: what changes it changes weight
-        moves = torch.empty(len(weight), GROUP, device=weight.device)
+        moves = torch.empty(len(weight), GROUP, device=weight.device)             # (w_i - rounded w_i) / U_ii
         scale = search_scales(block, upper.diagonal()[start:end] ** -2)
         for i in range(GROUP):
             row = upper[start + i, start:end]                                     # [32]
@@ -2604,7 +2622,7 @@ def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
 #
 # A checkpoint of a run, a published folder, a quantized one, adapters beside a base: one function opens them all, and
 # so everything above works on each of them.
-# First reading: load_checkpoint.
+# First reading: none.
 # ======================================================================================================================
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
@@ -2627,7 +2645,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     with torch.device("meta"):
         model = use_scheme(Danube3(config), scheme or {})
     if scheme:
-        dtype = dtype or compute_dtype(torch.device(device))
+        dtype = dtype or compute_dtype(torch.device(device))  # not its norms' own, which is fp32
 
     def filled(module: nn.Module) -> None:
         if pack and isinstance(module, QuantizedLinear):

@@ -41,7 +41,7 @@ def check(source: Path, args: argparse.Namespace) -> None:
         raise danube3.DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
     if args.report:
         config = danube3.read_config(source)
-        report.sample_rows(args.report, danube3.read_tokenizer(source, config), config, "val", 1)
+        report.sample_rows(args.report, danube3.read_tokenizer(source, config), config, "val", 1)  # can it be read?
 
 
 def quantize(source: Path, out: Path, bits: int,

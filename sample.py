@@ -1,4 +1,4 @@
-"""Let Danube3 speak, `python sample.py out/toy "Once upon a time"`, talk with it, or have it answer a quiz."""
+"""Let Danube3 go on with a text, `python sample.py out/toy "Once upon a time"`, talk with it, or examine it."""
 
 import argparse
 import contextlib
@@ -66,9 +66,9 @@ def talk(conversation: danube3.Conversation) -> None:
             elif command == "/save":
                 save(conversation.messages, name.strip())
             elif line:
-                question, forgotten = conversation.ask(line)
+                question, forgotten = conversation.make_room(line)
                 if forgotten:
-                    print(f"(the context is full: the oldest {forgotten} exchanges are forgotten)", file=sys.stderr)
+                    print(f"(the context is full: {forgotten} of the oldest exchanges forgotten)", file=sys.stderr)
                 with contextlib.closing(conversation.answer(question)) as pieces:
                     for piece in pieces:
                         print(piece, end="", flush=True)

@@ -48,7 +48,7 @@ def arguments() -> argparse.Namespace:
     chat.add_argument("--merge", type=Path, metavar="FOLDER", help="at the end, write base and adapters as one model")
     chat.add_argument("--system", choices=["fold"], help="put system messages in front of the first user message")
     args = parser.parse_args()
-    for action in (stages if args.chat else chat)._group_actions:
+    for action in (stages if args.chat else chat)._group_actions:  # flags of the other kind of training
         if getattr(args, action.dest) is not None:
             parser.error(f"{action.option_strings[0]} {'cannot go together with' if args.chat else 'needs'} --chat")
     if args.chat and not args.init or args.merge and not args.lora:
@@ -79,7 +79,8 @@ def plan(args: argparse.Namespace, config: danube3.DanubeConfig, recipe: danube3
     except danube3.DanubeError:
         print(planning.describe_run(config, recipe, gpus, args.recompute != "off", repeats))
         raise
-    sys.exit(print(planning.describe_run(config, recipe, gpus, recompute, repeats)))
+    print(planning.describe_run(config, recipe, gpus, recompute, repeats))
+    sys.exit()
 
 
 def pretraining(args: argparse.Namespace,
@@ -116,7 +117,7 @@ def chat(args: argparse.Namespace, base: Path,
          device: torch.device) -> tuple[danube3.Danube3, danube3.Tokenizer, danube3.ChatData]:
     """-> model, tokenizer, data"""
     if args.lora and (base / "adapter_config.json").is_file():
-        raise danube3.DanubeError(f"{base} is a folder of adapters: --lora needs a whole model (--merge wrote one)")
+        raise danube3.DanubeError(f"{base} is a folder of adapters: --lora needs a whole model (--merge writes one)")
     dtype = danube3.compute_dtype(device) if args.lora else torch.float32
     model, tokenizer = danube3.load_checkpoint(base, dtype=dtype)
     data = danube3.ChatData(args.chat, tokenizer, model.config, args.epochs or 1, args.batch_size or danube3.CHAT_ROWS,
@@ -142,7 +143,7 @@ def main() -> int:
     if args.compile:
         cli.compile_model(model)
     model = danube3.share_model(model, device).train()
-    start = base.parent if base and base.name.startswith("step-") else base  # a run's newest checkpoint: its folder
+    start = base.parent if base and base.name.startswith("step-") else base  # out/toy/step-..: the run's name, toy
     out = args.out or Path("out", f"{start.name}-chat" if args.chat and start else args.config or "toy")
     write = functools.partial(danube3.save_adapter, base=base) if args.lora and base else danube3.save_checkpoint
     finished = danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write))

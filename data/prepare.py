@@ -512,7 +512,7 @@ def begin_or_go_on(partial: Path, state: dict[str, object]) -> None:
             raise DanubeError(f"{partial} was begun with another {', another '.join(changed)}: give the same command "
                               "again to go on, or remove that folder to begin anew")
     elif not (partial / "meta.json").is_file():  # else there was only the last renaming left to do
-        danube3.remove_all(partial)
+        danube3.empty_folder(partial)
         path.parent.mkdir()
         write_whole(path, json.dumps(state).encode())
 

@@ -96,8 +96,8 @@ def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
 
 
 def compare(folders: dict[str, Path], data: str) -> None:
-    """The report's table of quantization (its figures for Q8_0 and Q4_K_M), for this model and this text; `change` is
-    against the first row."""
+    """A table like the model cards' for Q8_0 and Q4_K_M, of this model and this text; `change` is against the first
+    row."""
     print(f"\n{'':8}{'bytes':>16}{'bits/weight':>13}{'perplexity':>12}{'change':>9}{'tokens/s':>10}{'GB/s':>7}  quiz")
     first = None
     for name, folder in folders.items():

@@ -443,7 +443,7 @@ def undo(danube3):
     find(danube3.Conversation, "undo")
 
     def said(conversation, *questions):
-        return [list(conversation.answer(conversation.ask(question)[0])) for question in questions]
+        return [list(conversation.answer(conversation.make_room(question)[0])) for question in questions]
 
     for temperature in (0.0, 1.0):
         changed, straight = (danube3.Conversation(model, tokenizer, 6, temperature=temperature, seed=3) for _ in "ab")

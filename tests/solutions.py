@@ -80,7 +80,7 @@ class RollingCache:
         ("def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0)",
          "def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,\n"
          "                             min_p: float = 0.0)"),
-        ("    if top_k == 0 and top_p >= 1.0:  # sort", "    if top_k == 0 and top_p >= 1.0 and min_p == 0:  # sort"),
+        ("    if top_k == 0 and top_p >= 1.0:  # nothing", "    if top_k == 0 and top_p >= 1.0 and min_p == 0:  # nothing"),
         ("    return torch.zeros_like(probabilities).scatter(", """\
     keep = probabilities >= min_p * probabilities[:, :1]
     probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
@@ -224,14 +224,14 @@ def rows_from_gguf(name, tensor, config):
     pairs = tensor.unflatten(0, (heads, config.head_dim // 2, 2))  # [heads, h/2, 2, ..]
     return pairs.transpose(1, 2).flatten(0, 2)
 """)],
-    "undo": [("    def ask(self, text: str)", """\
+    "undo": [("    def make_room(self, text: str)", """\
     def undo(self):
         if not self.exchanges:
             raise DanubeError("there is nothing to take back")
         del self.exchanges[-1], self.messages[-2:]
         self.kv_cache.length = min(self.kv_cache.length, sum(map(len, self.exchanges)))
 
-    def ask(self, text: str)""")],
+    def make_room(self, text: str)""")],
 }
 
 # The wrong rotary embedding and the wrong heads leave a model that is consistent in itself: causality, cache and

@@ -552,7 +552,7 @@ def test_the_cache_of_one_answer_serves_the_next(tokenizer, monkeypatch):
         model.model, "forward", lambda ids, cache, f=model.model.forward: (fed.append(ids.shape[1]), f(ids, cache))[1]
     )
     for text in ("Where does Ada live?", "And Brook?", "Thanks"):
-        question, forgotten = talk.ask(text)
+        question, forgotten = talk.make_room(text)
         pieces = list(talk.answer(question))
         history += question
         ids = danube3.generate(model, torch.tensor([history]), 6)[0, len(history) :].tolist()
@@ -569,7 +569,7 @@ def test_the_oldest_are_forgotten(tokenizer):
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=128))
     talk, dropped = danube3.Conversation(model, tokenizer, 10, temperature=0.0), []
     for n in range(8):
-        question, forgotten = talk.ask(f"Where does Ada live now, number {n}?")
+        question, forgotten = talk.make_room(f"Where does Ada live now, number {n}?")
         list(talk.answer(question))
         dropped.append(forgotten)
         assert sum(map(len, talk.exchanges)) <= 128 + 1
@@ -579,7 +579,7 @@ def test_the_oldest_are_forgotten(tokenizer):
     fresh = danube3.generate(model, torch.tensor([kept + question]), 10)[0, len(kept + question) :].tolist()
     assert talk.exchanges[-1][len(question) :][: len(fresh)] == fresh
     with pytest.raises(danube3.DanubeError, match="shorten it"):
-        talk.ask("word " * 100)
+        talk.make_room("word " * 100)
     talk.reset()
     assert (talk.exchanges, talk.messages, talk.kv_cache.length) == ([], [], 0)
 
@@ -587,13 +587,13 @@ def test_the_oldest_are_forgotten(tokenizer):
 def test_an_interrupted_answer_stays_in_the_dialogue(tokenizer):
     """Its end is put in, so that the next question does not continue it."""
     talk = danube3.Conversation(random_model(dataclasses.replace(TINY, eos_token_id=2)), tokenizer, 20, temperature=0.0)
-    question, _ = talk.ask("x")
+    question, _ = talk.make_room("x")
     pieces = talk.answer(question)
     next(pieces), next(pieces)
     pieces.close()
     assert len(talk.exchanges[0]) == len(question) + 3 and talk.exchanges[0][-1] == 2
     assert len(talk.messages) == 2
-    question, _ = talk.ask("y")
+    question, _ = talk.make_room("y")
     list(talk.answer(question))
     assert len(talk.exchanges) == 2
 

@@ -32,7 +32,7 @@ MISTAKES = [
     ("rolling-cache", "self.length % self.window, min", "min(self.length, self.window - 1), min", "token 4"),
     ("rolling-cache", "place, end = self.length % self.window, min(self.length + 1, self.window)",
      "place, end = self.length % self.window, self.window", "token 0"),
-    ("min-p", " and min_p == 0:  # sort", ":  # sort", "top_k 0"),
+    ("min-p", " and min_p == 0:  # nothing", ":  # nothing", "top_k 0"),
     ("min-p", "min_p * probabilities[:, :1]", "min_p", "min_p 0.1"),
     ("repetition-penalty", "torch.where(seen > 0, seen / penalty, seen * penalty)", "seen / penalty", "penalty of 1.7"),
     ("repetition-penalty", "logits.scatter(-1, seen_ids,", "logits.scatter_(-1, seen_ids,", "stay as they are"),
