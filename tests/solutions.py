@@ -80,7 +80,7 @@ class RollingCache:
         ("def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0)",
          "def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,\n"
          "                             min_p: float = 0.0)"),
-        ("    if top_k == 0 and top_p >= 1.0:  # nothing", "    if top_k == 0 and top_p >= 1.0 and min_p == 0:  # nothing"),
+        ("top_p >= 1.0:  # nothing", "top_p >= 1.0 and min_p == 0:  # nothing"),
         ("    return torch.zeros_like(probabilities).scatter(", """\
     keep = probabilities >= min_p * probabilities[:, :1]
     probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
