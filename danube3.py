@@ -83,7 +83,7 @@ class DanubeError(Exception):
 #
 # What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers, from
 # which all that follows reads its sizes, so that no number is written twice and a wrong one is refused in one place.
-# The fields of DanubeConfig are those of the published config.json: a downloaded folder needs no translation.
+# The fields of DanubeConfig are those of the published config.json, and head_dim, which that leaves to be derived.
 # Look at head_dim: it is a number of its own. In all three models H x h happens to equal hidden_size, but nothing in
 # the architecture asks for that, and code that computes one from the other breaks on the next model.
 # ======================================================================================================================
@@ -167,8 +167,8 @@ class Recipe:
         if self.tokens_per_step % micro_batch:
             raise DanubeError(f"a step of {self.tokens_per_step:,} tokens is not a whole number of micro-batches of "
                               f"{self.micro_batch_size} x {self.sequence_length} = {micro_batch:,}: use a "
-                              f"--micro-batch-size that divides {self.rows_per_step}, or --tokens-per-step "
-                              f"{max(1, self.tokens_per_step // micro_batch) * micro_batch}")
+                              f"--micro-batch-size that divides {self.rows_per_step}, or (without --chat) "
+                              f"--tokens-per-step {max(1, self.tokens_per_step // micro_batch) * micro_batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise DanubeError(f"the learning rate is {self.learning_rate}: it must be a positive number")
         if not 0 <= self.seed < 2 ** 63:
@@ -271,10 +271,10 @@ def count_parameters(config: DanubeConfig) -> int:
 # ======================================================================================================================
 # 2. Tokenizer and chat format
 #
-# A model computes with numbers, so text is cut into pieces, each with an id. Danube3 uses the Mistral tokenizer:
+# A model computes with numbers, so text is cut into pieces, each with an id. Danube3 uses the Mistral tokenizer [R]:
 # byte-pair encoding by sentencepiece. Its training begins with single characters and joins the most frequent pair of
 # neighbours, again and again, until there are 32,000 pieces; a text is cut by doing the same joins in the same order.
-# Three pieces are control tokens (<s>, which begins a document; </s>, which ends one, or a turn; <unk>, which is never
+# Three pieces are control tokens (<s>, which begins a document [C]; </s>, which ends one, or a turn; <unk>, never
 # needed, because) 256 are single bytes, so that no text is unknown. A control token has an id but no spelling: the text
 # "</s>" typed by a user is encoded as ordinary pieces, and only this code, which works with ids, can put the real one
 # in. So nobody can type the end of a turn.
@@ -350,8 +350,8 @@ class StreamDecoder:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> Tokenizer:
-    """Train a tokenizer of the Mistral tokenizer's kind and write it to `model_file`. One thread and no path in the
-    file: the same texts give the same bytes."""
+    """Train a tokenizer with the Mistral tokenizer's settings, but for the longest sentence, and write it to
+    `model_file`. One thread and no path in the file: the same texts give the same bytes."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -476,12 +476,12 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     T, S = q.shape[2], k.shape[2]
     mask, causal = None, False
-    if T == S:
+    if T == S and q.device.type != "mps":  # where some releases of torch get is_causal wrong in half precision
         causal = True  # a branch, not `is_causal=T == S`: where lengths vary, torch.compile has no bool for that
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
     share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
-    if not share:  # on a GPU, copy, but where a kernel that stores no [T, S] scores shares heads: bf16 without a mask
+    if not share:  # on a GPU, but where flash attention, which shares heads, is certain: for bf16 without a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
 
@@ -619,7 +619,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-LOGIT_ROWS = 4_096  # logits of at most this many tokens exist at once: 0.5 GB at V = 32,000 in fp32 [C]
+LOGIT_ROWS = 4_096  # losses need logits of at most this many tokens at once: 0.5 GB at V = 32,000 in fp32 [C]
 
 
 class Danube3(nn.Module):
@@ -1168,7 +1168,6 @@ class TokenSource:
             if path.stat().st_size != 2 * count or not count:
                 raise DanubeError(f"{path} has {path.stat().st_size:,} bytes where meta.json counts {count:,} tokens "
                                   "of 2 bytes: it was cut short or changed; make the data again")
-        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in self.files]
         self.windows = int(self.starts[-1]) // sequence_length
         if not self.windows:
             raise DanubeError(f"source {name!r} ({split}) has {self.starts[-1]} tokens, less than one row of "
@@ -1180,7 +1179,8 @@ class TokenSource:
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         offset = start - int(self.starts[shard])
         while missing:
-            part = self.shards[shard][offset:offset + missing]
+            # opened for each read: a run of 4T tokens has more shards than a process may hold open
+            part = np.fromfile(self.files[shard], "<u2", missing, offset=2 * offset)
             parts.append(part)
             shard, offset, missing = shard + 1, 0, missing - len(part)
         ids = np.concatenate(parts).astype(np.int64)
@@ -1190,7 +1190,7 @@ class TokenSource:
         return ids
 
 
-SMALL_FILE = 2 ** 24  # bytes. Larger shards are not read through at every start; `sha256sum -c SHA256SUMS` does it
+SMALL_FILE = 2 ** 24  # bytes [C]. Larger shards are not read through at every start; `sha256sum -c SHA256SUMS` does it
 
 
 class TokenData:
@@ -1372,17 +1372,17 @@ def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
                              fused=True)  # one pass over memory for all parameters instead of ten for each
 
 
-def make_moments(model: Danube3, optimizer: torch.optim.AdamW) -> None:
-    """Create an optimizer's moments before the first step. Asked for its state, torch does it by an empty step, which
-    it counts: so ask now, and set the count back to 0."""
-    from torch.distributed.checkpoint import state_dict  # takes two seconds to import
-    state_dict.get_optimizer_state_dict(model, optimizer)
-    for state in optimizer.state.values():
-        state["step"].zero_()
+def make_moments(optimizer: torch.optim.AdamW) -> None:
+    """What AdamW makes in its first step, before it: so that a checkpoint of step 0 has it too."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                  "exp_avg_sq": torch.zeros_like(p)}
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear to the peak, then half a cosine to the final rate, which the last step has. Step counts from 0.
+    """Linear to the peak, then half a cosine to the final rate, which the last step has, if two steps or more follow
+    the warm-up. Step counts from 0.
 
         peak (step + 1) / warmup, and then
         peak (f + (1 - f) (1 + cos(pi p)) / 2)     p = 0 .. 1 over the other steps, f = final_learning_rate
@@ -1488,7 +1488,8 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3)
 def share_model(model: Danube3, device: torch.device) -> Danube3:
     """Put a model on the device; where there are several processes, give each a part of every weight, and so of its
     gradient and moments (FSDP2). A layer is gathered, in the compute type (its norms too, which a single GPU keeps in
-    fp32), just before it computes, and dropped after; gradients are summed in fp32."""
+    fp32), just before it computes, and dropped after; gradients are summed in fp32. (Not codes and scales: of a
+    quantized base each process has all.)"""
     ranks = processes()[1]
     if ranks == 1:
         return model.to(device)
@@ -1596,7 +1597,7 @@ class Run:
                  resume: bool, base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
         self.out, self.model, self.tokenizer, self.data, self.write_model = out, model, tokenizer, data, write_model
         self.optimizer, self.device = make_optimizer(model, data.recipe), model.device
-        make_moments(model, self.optimizer)
+        make_moments(self.optimizer)
         may_change = ("save_every", "micro_batch_size")  # when a run goes on
         recipe = {name: value for name, value in asdict(data.recipe).items() if name not in may_change}
         self.identity = {"configuration": asdict(model.config), "recipe": recipe, "data": data.identity,
@@ -1637,7 +1638,8 @@ class Run:
             verify_digests(folder)
         wait_for_all()
         try:  # weights_only: a checkpoint from a stranger may hold tensors and numbers, not code
-            trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True, mmap=True)
+            trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True,
+                                 mmap=self.device.type != "cpu")  # or the moments would stay in a file that is removed
             self.check_identity(folder, trainer["identity"])
             weights = trainer.get("master_weights") or dict(read_weights(folder))
             shapes = [{name: tuple(w.shape) for name, w in each.items()} for each in (weights, self.trained_weights())]
@@ -1719,8 +1721,9 @@ class Run:
         trainer = {"step": self.step, "tokens": self.tokens, "skipped": self.skipped, "identity": self.identity,
                    "optimizer": state_dict.get_optimizer_state_dict(self.model, self.optimizer, options=options),
                    "scaler": self.scaler.state_dict()}
-        dtype, weights = compute_dtype(self.device), whole_weights(self.model, trained_only=True)
-        if dtype != torch.float32 or len(self.trained_weights()) < len(self.model.state_dict()):
+        dtype, trained = compute_dtype(self.device), self.trained_weights()  # without a quantized base's codes
+        weights = {name: w for name, w in whole_weights(self.model, trained_only=True).items() if name in trained}
+        if dtype != torch.float32 or len(trained) < len(self.model.state_dict()):
             trainer["master_weights"] = weights  # those that are trained, in fp32; the folder has bf16, or adapters
         if processes()[0] == 0:
             if not all(map(is_finite, weights.values())):
@@ -1736,22 +1739,26 @@ class Run:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """Turns the first Ctrl-C into a request, an entry of the list that is yielded; a second one stops at once. Under
-    torchrun one Ctrl-C arrives twice, from the terminal and from torchrun, so there a second one does nothing (torchrun
-    stops all when its --shutdown-timeout is over).
-    """
+    """Turns the first Ctrl-C, or SIGTERM (as batch systems send it), into a request, an entry of the list that is
+    yielded; a second one stops at once. Under torchrun only Ctrl-C is one, and a second does nothing: torchrun stops
+    all when its --shutdown-timeout is over, and sends SIGTERM when a process has failed."""
     requests: list[int] = []
+    alone = processes()[1] == 1
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)[:1 + alone]}
 
-    def request(signum: int, frame: object) -> None:
-        requests.append(signum)
-        if processes()[1] == 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def request(number: int, frame: object) -> None:
+        requests.append(number)
+        if alone:
+            for each, handler in previous.items():
+                signal.signal(each, handler)
 
-    previous = signal.signal(signal.SIGINT, request)
+    for number in previous:
+        signal.signal(number, request)
     try:
         yield requests
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def log_validation(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> str:
@@ -1892,7 +1899,7 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
     rows, answers, cut, dropped = [], 0, 0, 0
     for number, item in enumerate(tqdm(read_jsonl(path), desc="conversations", leave=False, disable=None), start=1):
         try:
-            row = np.array(render_chat(check_turns(conversation_of(item), fold_system), tokenizer))  # [2, T]
+            row = np.array(render_chat(check_turns(conversation_of(item), fold_system), tokenizer), np.int32)  # [2, T]
         except DanubeError as error:
             raise DanubeError(f"{path}, conversation {number}: {error}") from error
         ends = np.flatnonzero(row[1] == tokenizer.pieces.eos_id()) + 1  # a </s> with a label ends an answer
@@ -1922,7 +1929,8 @@ def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch_size: int, lora: bool) -> Recipe:
     """One stage an epoch. 1e-4 for adapters is the default of H2O LLM Studio, the program that Danube3 was tuned with
     [R]; the rest is [C]: all weights together take a tenth of that, and both rates grow as models get narrower than
-    500m (1,536). Tokens are counted as if all rows were as long as the longest; metrics.jsonl has what was read."""
+    500m (1,536). Tokens are counted as if all rows were as long as the longest; metrics.jsonl has what was read. (So a
+    single long row makes all micro-batches small, unless --micro-batch-size says otherwise.)"""
     longest, batch_size = max(row.shape[1] for row in rows), min(batch_size, len(rows))
     sizes = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
     ends = [-(-(i + 1) * len(rows) // batch_size) for i in range(epochs)]  # steps; rounded up, nothing is left out
@@ -1951,7 +1959,7 @@ class ChatData:
             raise DanubeError(f"{path}: one usable conversation is too few: one more is needed to measure the loss on")
         rows = [rows[shuffled(i, len(rows), "split")] for i in range(len(rows))]
         self.held_out, self.rows = rows[:held_out], rows[held_out:]
-        self.identity = {path.name: file_sha256(path), "fold_system": fold_system}
+        self.identity = {"chat": file_sha256(path), "fold_system": fold_system}
         self.recipe = chat_recipe(config, self.rows, epochs, batch_size, lora)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -2053,6 +2061,8 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
     unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
                                     "alora_invocation_tokens")
                    if config.get(name)]
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others change the base too
+        unsupported.append("init_lora_weights")
     plain = type(rank) is int and 1 <= rank <= model.config.intermediate_size and type(alpha) in (int, float)
     if config.get("peft_type") != "LORA" or unsupported or not plain or not math.isfinite(alpha):
         reason = ", ".join(unsupported) or "its peft_type, r or lora_alpha"
@@ -2107,7 +2117,7 @@ def text_perplexity(model: Danube3, tokenizer: Tokenizer, text: str) -> dict[str
     context = min(2_048, model.config.max_position_embeddings)
     if len(ids) < 2:
         raise DanubeError("there is no text to measure")
-    input_ids, labels = windows_of(ids, context, context // 2)
+    input_ids, labels = windows_of(ids, context, max(1, context // 2))
     loss = mean_loss(model, input_ids, labels, max(1, LOGIT_ROWS // context))
     bits = loss * (len(ids) - 1) / math.log(2)
     return {"tokens": len(ids) - 1, "context": context, "stride": context // 2, "loss": loss,
@@ -2174,11 +2184,13 @@ def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -
         if not (("messages" in question or isinstance(question.get("prompt"), str)) and isinstance(choices, list)
                 and choices and all(isinstance(choice, str) for choice in choices)):
             raise DanubeError(f'question {number} lacks a "prompt" or a list of "choices"')
+        if "messages" in question and len(check_turns(question["messages"], fold_system=False)) % 2 == 0:
+            raise DanubeError(f"question {number} must end with the user")
         for choice in choices:
             rows.append(encoded_choice(question, choice, tokenizer, model.config.bos_token_id))
             if len(rows[-1][0]) > context:
                 raise DanubeError(f"question {number} has {len(rows[-1][0])} tokens, the context {context}: shorten it")
-            if rows[-1][1] == len(rows[-1][0]):
+            if not choice or rows[-1][1] == len(rows[-1][0]):
                 raise DanubeError(f"question {number} has a choice that adds nothing to its prompt: mend it")
     scores = iter(continuation_log_likelihood(model, rows))
     return [[next(scores) for _ in question["choices"]] for question in questions]
@@ -2190,7 +2202,8 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     short choices (names and definitions are lm-evaluation-harness's); guessing is what chance would give."""
     for number, question in enumerate(questions, start=1):
         choices = question.get("choices")
-        if not isinstance(choices, list) or question.get("answer") not in range(len(choices)):
+        answer = question.get("answer")
+        if not isinstance(choices, list) or type(answer) is not int or answer not in range(len(choices)):
             raise DanubeError(f'question {number} lacks an "answer", the index of the right one of its "choices"')
     right = []  # by sum, by character
     for question, scores in zip(questions, choice_scores(model, tokenizer, questions)):
@@ -2243,12 +2256,13 @@ def chat_questions(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) 
         if len(turns) % 2 == 0 or not isinstance(answer, str) or not answer:
             raise DanubeError(f'question {number} must end with the user, and have an "answer" that is text')
     answers = free_answers(model, tokenizer, [question["messages"] for question in questions])
-    right: dict[str, list[bool]] = {}
+    right: dict[int, list[bool]] = {}
     for question, (text, _) in zip(questions, answers):
         turn = (len(question["messages"]) + 1) // 2
         found = re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", text)
-        right.setdefault(f"right in turn {turn}", []).append(bool(found))
-    return {"questions": len(questions), **{turn: sum(each) / len(each) for turn, each in sorted(right.items())},
+        right.setdefault(turn, []).append(bool(found))
+    shares = {f"right in turn {turn}": sum(each) / len(each) for turn, each in sorted(right.items())}
+    return {"questions": len(questions), **shares,
             "ended by themselves": sum(ended for _, ended in answers) / len(answers)}
 
 
@@ -2284,7 +2298,7 @@ def as_table(results: dict[str, float]) -> str:
 # search_scales.)
 # ======================================================================================================================
 
-GROUP = 32  # weights that share a scale in int4, and in GGUF files
+GROUP = 32  # weights that share a scale in int4 [C], and in GGUF's Q4_0 and Q8_0
 # Bits of each part of the model [C]. An int4 model keeps either the head or the embedding, which are equally large, at
 # 8 bits. Rounded to nearest: the head, where errors cost more. With GPTQ: the embedding, since GPTQ repairs a head, and
 # cannot repair what is looked up and not multiplied. tests/bench_quantize.py measures it.
@@ -2635,6 +2649,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not Path(base).is_dir():
             raise DanubeError(f"{folder} holds adapters to {base}, which is no folder here: put that folder back")
+        if (find_checkpoint(base) / "adapter_config.json").is_file():
+            raise DanubeError(f"{folder} holds adapters to {base}, which holds adapters itself: merge those first")
         made_for = folder / "base.sha256"
         if made_for.is_file() and made_for.read_text(errors="replace").strip() != weights_sha256(find_checkpoint(base)):
             raise DanubeError(f"{folder} holds adapters to what was once in {base}; other weights are there now: put "

@@ -90,6 +90,9 @@ def pretraining(args: argparse.Namespace,
     config, recipe = danube3.CONFIGS[name], danube3.remix(danube3.RECIPES[name], args.mixture or "staged")
     config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     recipe, folder = adjusted(recipe, args), args.data or Path("data", name)
+    if recipe.sequence_length > config.max_position_embeddings:
+        raise danube3.DanubeError(f"--sequence-length {recipe.sequence_length}: the context of {name} is "
+                                  f"{config.max_position_embeddings}: use that or less")
     if args.dry_run:
         repeats = None
         if (folder / "meta.json").is_file():
@@ -135,7 +138,7 @@ def main() -> int:
     args = arguments()
     device = cli.pick_device(args.device)
     cli.join_processes(device)
-    base = danube3.find_checkpoint(args.init) if args.init else None
+    base = danube3.find_checkpoint(args.init).resolve() if args.init else None
     model, tokenizer, data = chat(args, base, device) if args.chat and base else pretraining(args, base)
     if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
         raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
@@ -145,6 +148,8 @@ def main() -> int:
     model = danube3.share_model(model, device).train()
     start = base.parent if base and base.name.startswith("step-") else base  # out/toy/step-..: the run's name, toy
     out = args.out or Path("out", f"{start.name}-chat" if args.chat and start else args.config or "toy")
+    if args.merge and args.merge.resolve() == out.resolve():
+        raise danube3.DanubeError(f"--merge {args.merge} is where the run itself is written: choose another folder")
     write = functools.partial(danube3.save_adapter, base=base) if args.lora and base else danube3.save_checkpoint
     finished = danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write))
     together, rank = danube3.processes()[1] > 1, cli.leave_processes()

@@ -126,8 +126,11 @@ def as_table(results: dict[str, dict[str, tuple[float, float]]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each of the first five outcomes: a dot for each run, a line for each mean."""
-    from matplotlib.figure import Figure
+    """A panel for each of the first five outcomes: a dot for each run, a line for each mean. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
     names = list(OUTCOMES)[:5]
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names)), names):
@@ -146,9 +149,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=cli.positive, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--tokens", help="of each run, to try out [the recipe's]")
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="the toy world; made if it is not there")
-    parser.add_argument("--out", type=Path, default=Path("out/experiment"), help="the runs")
+    parser.add_argument("--out", type=Path, help="the runs [out/experiment-<data>]")
     parser.add_argument("--csv", type=Path, default=Path("data/experiment.csv"), help="a line for each run")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.out = args.out or Path("out", f"experiment-{args.data.name}")
+    return args
 
 
 def main() -> None:

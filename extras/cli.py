@@ -53,7 +53,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if "LOCAL_RANK" in os.environ and ":" in name:
         raise DanubeError("under torchrun each process takes a GPU of its own: leave --device out")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and "LOCAL_RANK" not in os.environ  # which gloo does not know
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -71,7 +72,8 @@ def join_processes(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # Others wait while the first process writes a checkpoint, and for a large model that can take long.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    kind, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(kind, timeout=timedelta(hours=2), device_id=own)
 
 
 def leave_processes() -> int:
@@ -102,7 +104,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     except DanubeError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:  # PyTorch has an OutOfMemoryError for GPUs only
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "you tried to allocate" not in str(error):
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search(
+                "you tried to allocate|out of memory", str(error)):
             raise
         reason, *_ = str(error).split("\n")
         print(f"error: out of memory ({reason}): train with a smaller "

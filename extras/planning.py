@@ -70,12 +70,17 @@ def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory
 
 
 def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.device) -> None:
-    """Have layers computed again in the backward pass if wished, or if this GPU's memory asks for it. For adapters,
-    whose memory is not planned, and on other devices, "auto" is off."""
+    """Have layers computed again in the backward pass if wished, or if this GPU's memory asks for it. On other devices
+    "auto" is off. With adapters, the weights are there already, and what they add is little."""
     again = wish == "on"
-    if device.type == "cuda" and all(parameter.requires_grad for parameter in model.parameters()):
+    if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        again = choose_recompute(model.config, recipe, wish, memory, danube3.processes()[1])
+        if all(parameter.requires_grad for parameter in model.parameters()):
+            again = choose_recompute(model.config, recipe, wish, memory, danube3.processes()[1])
+        elif wish == "auto":
+            plan = memory_bytes(model.config, recipe)
+            weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+            again = weights + plan["activations (estimate)"] + plan["logits"] > USABLE_MEMORY * memory
     for module in model.modules():
         if isinstance(module, danube3.DecoderLayer):
             module.recompute = again
@@ -111,7 +116,8 @@ def describe_run(config: DanubeConfig, recipe: Recipe, gpus: int = 1, recompute:
         f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU"
         + (", layers computed again in the backward pass" if recompute else ""),
         *(f"                {size / 1e9:10,.2f}  {name}" for name, size in memory.items()),
-        f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in fp32",
+        f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in fp32; the disk "
+        "holds two while one is written",
         "", f"{'':16}{'steps':>12}{'tokens':>22}" + "".join(f"{name:>11}" for name in sources)]
     totals = dict.fromkeys(sources, 0.0)
     for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):

@@ -36,6 +36,7 @@ def their_step(config, recipe, ids):
         lr=recipe.learning_rate,
         betas=(recipe.beta1, recipe.beta2),
         weight_decay=recipe.weight_decay,
+        fused=True,
     )
 
     def step():

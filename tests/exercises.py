@@ -8,7 +8,8 @@
 "Build it": add to danube3.py what the text asks for. "Break it" (the names that begin with break-): first write down
 which of TESTS will fail after the change and why, then make the change and check the prediction. Begin each exercise
 from the plain file, on a branch of its own. The checks compute each result again from its definition, slowly and
-without a look at your code. A docstring here is the exercise; what follows it is its check.
+without a look at your code (but those of break-, which look for the changed line). A docstring here is the exercise;
+what follows it is its check.
 """
 
 import argparse
@@ -469,7 +470,7 @@ def average_checkpoints(danube3):
     Write average_weights(folders) -> dict of name: fp32 tensor, the mean of the weights of several checkpoint folders.
     Folders that do not hold the same names are refused with a DanubeError.
     Hint: read_weights. Folders may be stored in fp16, whose largest number is 65,504.
-    Observe: save the last three checkpoints of a toy run and measure their mean against each of them.
+    Observe: copy three checkpoints of a toy run aside (--save-every 100) and measure their mean against each of them.
     """
     average = find(danube3, "average_weights")
     stored = [{"a.weight": 3e4 + 1e3 * torch.randn(5, 7), "b.weight": torch.randn(3)} for _ in range(3)]

@@ -1,11 +1,12 @@
 """Danube3 once more, in plain NumPy: the same functions as danube3.py, written from the formulas alone.
 
-The tests hold the fast PyTorch code against this file, so it is slow, exact and short: float64 throughout, no
-classes, no state, nothing but numpy. Every backward function carries its derivation. Read it as a second textbook:
+The tests hold the fast PyTorch code against this file, so it is slow, exact and short: float64 but where a format asks
+for less (quantization), no classes, no state, nothing but numpy. Every backward function carries its derivation. Read
+it as a second textbook:
 
     1. kernels, forward and backward      4. optimizer and schedule
     2. the model, forward and backward    5. the staged mixture
-    3. sampling                           6. the training step
+    3. sampling                           6. the training step, LoRA, quantization
 
 Shapes: B batch, T tokens (queries), S cached + new positions (keys), D hidden_size, H query heads, K key/value heads,
 h head_dim, G = H / K query heads to one key/value head, F intermediate_size, V vocab_size, N = B * T, ".." any axes.

@@ -23,6 +23,7 @@ import torch
 from conftest import ROOT, SENTENCES, TINY, call, one_line_error, random_model, run, transformers_model
 
 import danube3
+from extras import export
 
 TALKS = [
     [("Where does Ada live?", "Ada lives in Marrow.")],
@@ -277,6 +278,14 @@ def test_peft_opens_our_adapters_and_we_open_its(base, tokenizer, tmp_path):
     ours, _ = danube3.load_checkpoint(tmp_path / "theirs")
     torch.testing.assert_close(ours(ids), made(ids).logits, rtol=1e-4, atol=1e-4)
 
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa")  # which changes the base too
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "pissa")
+    with pytest.raises(danube3.DanubeError, match="no plain LoRA, for init_lora_weights"):
+        danube3.load_checkpoint(tmp_path / "pissa")
+    danube3.save_adapter(tmp_path / "upon", model, tokenizer, base=tmp_path / "adapter")
+    with pytest.raises(danube3.DanubeError, match="which holds adapters itself: merge those first"):
+        danube3.load_checkpoint(tmp_path / "upon")
+
 
 @pytest.mark.parametrize(
     "change, words",
@@ -320,10 +329,16 @@ def long_base(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "lora, dtype", [(0, "float32"), (2, "float32"), (2, "bfloat16"), (0, "float16"), (2, "float16")]
+    "lora, dtype, bits",
+    [(0, "float32", 0), (2, "float32", 0), (2, "bfloat16", 0), (0, "float16", 0), (2, "float16", 0), (2, "float32", 8)],
 )
-def test_resume_to_the_bit(lora, dtype, long_base, tokenizer, chat_file, tmp_path, monkeypatch):
-    """A chat run that dies after step 6 of 10 and goes on ends as one that did not, adapters and loss scale too."""
+def test_resume_to_the_bit(lora, dtype, bits, long_base, tokenizer, chat_file, tmp_path, monkeypatch):
+    """A chat run that dies after step 6 of 10 and goes on ends as one that did not, adapters, loss scale, and adapters
+    over codes too."""
+    if bits:
+        wide = dataclasses.replace(danube3.read_config(long_base), hidden_size=64, intermediate_size=96, head_dim=16)
+        danube3.save_checkpoint(tmp_path / "wide", random_model(wide), tokenizer)
+        export.quantize_folder(tmp_path / "wide", long_base := tmp_path / "codes", bits, {})
     dtype = getattr(torch, dtype)
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
     whole = start(tmp_path / "whole", long_base, tokenizer, chat_file, lora)
@@ -332,6 +347,8 @@ def test_resume_to_the_bit(lora, dtype, long_base, tokenizer, chat_file, tmp_pat
     broken = start(tmp_path / "broken", long_base, tokenizer, chat_file, lora)
     monkeypatch.setattr(broken, "save", lambda: broken.step < 7 and danube3.Run.save(broken))
     danube3.train(broken)
+    saved = torch.load(danube3.find_checkpoint(tmp_path / "broken") / "trainer.pt", weights_only=True)
+    assert not lora or set(saved["master_weights"]) == set(broken.trained_weights())
     resumed = start(tmp_path / "broken", long_base, tokenizer, chat_file, lora, resume=True)
     assert resumed.step == 6 and danube3.train(resumed)
     assert resumed.tokens == whole.tokens and resumed.scaler.state_dict() == whole.scaler.state_dict()
@@ -527,13 +544,17 @@ def test_warm_start_of_pretraining(toy_data, tmp_path):
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "theirs" / name).write_bytes((tmp_path / "base" / name).read_bytes())
     losses = []
-    for init in ("base", "theirs"):
-        flags = ("--data", toy_data, "--tokens", "2048", "--init", tmp_path / init, "--out", tmp_path / f"from-{init}")
-        assert call("train.py", *flags).returncode == 0
+    for init in ("base", "theirs", None):
+        flags = ("--data", toy_data, "--tokens", "2048", "--out", tmp_path / f"from-{init}")
+        assert call("train.py", *flags, *(("--init", tmp_path / init) if init else ())).returncode == 0
         lines = (tmp_path / f"from-{init}" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
     assert losses[0] == losses[1] and len(losses[0]) == 2
-    assert abs(losses[0][0] - danube3.RECIPES["toy"].learning_rate) > 1
+    recipe = danube3.RECIPES["toy"].scaled_to(2048)
+    batch = danube3.StagedData(danube3.TokenData(toy_data, config, recipe.sequence_length), recipe).batch(0)
+    base = danube3.load_checkpoint(tmp_path / "base", dtype=torch.float32)[0]
+    assert losses[0][0] == pytest.approx(danube3.mean_loss(base, *batch, 8), rel=1e-5)
+    assert abs(losses[0][0] - losses[2][0]) > 0.01  # and a new model begins elsewhere
 
 
 # ------------------------------------------------------------------------------------------------------------- talking

@@ -1,4 +1,5 @@
-"""Every command in the README, in its order, in an empty folder beside the programs, with small budgets.
+"""Every command in the README, each once, in a folder of its own beside the programs, with small budgets: code blocks
+first, then those in text and tables. Real sizes are only planned (--dry-run).
 
 What cannot be run here is listed in ELSEWHERE with the reason, and checked as far as that goes: benchmarks run for
 minutes or need other packages, so only their flags are looked up; torchrun's own runs are in test_distributed.py.
@@ -38,7 +39,7 @@ BUDGETS = (
 ELSEWHERE = {
     r"--open": "streams from the internet: test_prepare.py runs it with data sets of its own",
     r"^python -m pytest": "this is it",
-    r"--csv out/experiment.csv": "trains for 40 minutes: test_experiment.py",
+    r"--csv out/": "trains for 40 minutes: test_experiment.py does one short run",
     r"^python tests/(bench_\w+|mutate|campaign|exercises).py": "takes minutes, or other packages",
 }
 
@@ -59,7 +60,7 @@ def commands():
 def workspace(tmp_path_factory, toy_data):
     """The programs, a short toy world, and the files that the README takes as the reader's."""
     folder = tmp_path_factory.mktemp("workspace")
-    for name in ("danube3.py", "train.py", "sample.py", "quantize.py", "tests"):
+    for name in ("danube3.py", "train.py", "sample.py", "quantize.py", "extras", "tests"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
     for path in (ROOT / "data").iterdir():

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,13 +29,22 @@ def test_parameters_counted(config):
     assert sum(p.numel() for p in danube3.Danube3(config).parameters()) == danube3.count_parameters(config)
 
 
-def test_published_constants():
-    for name, expected in {
-        "500m": (1536, 4096, 16, 16, 8, 96, 0.02),
-        "4b": (3840, 10240, 24, 32, 8, 120, 0.01),
-    }.items():
-        config = danube3.CONFIGS[name]
-        assert dataclasses.astuple(config)[:7] == expected
+def test_published_constants(tmp_path):
+    """A config.json with the published fields, among which head_dim is missing, is read as our configuration."""
+    both = """"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "max_position_embeddings": 8192,
+        "model_type": "llama", "num_key_value_heads": 8, "pad_token_id": 0, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "use_cache": false, "vocab_size": 32000"""
+    for name, expected, published in (
+        ("500m", (1536, 4096, 16, 16, 8, 96, 0.02), """"hidden_size": 1536, "initializer_range": 0.02,
+            "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 16"""),
+        ("4b", (3840, 10240, 24, 32, 8, 120, 0.01), """"hidden_size": 3840, "initializer_range": 0.01,
+            "intermediate_size": 10240, "num_attention_heads": 32, "num_hidden_layers": 24"""),
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(f"{{{both}, {published}}}")
+        config = danube3.read_config(tmp_path)
+        assert config == danube3.CONFIGS[name] and dataclasses.astuple(config)[:7] == expected
         assert dataclasses.astuple(config)[7:] == (32_000, 8_192, 100_000.0, 1e-5, 1, 2, 0)
 
 
@@ -191,6 +201,20 @@ def test_what_fits():
         planning.choose_recompute(half[0], dataclasses.replace(half[1], micro_batch_size=64), "auto", 16e9)
     with pytest.raises(danube3.DanubeError, match="--chat with --lora"):
         planning.choose_recompute(*four, "auto", 8e9)
+
+
+@pytest.mark.parametrize("gigabytes, again", [(24, True), (80, False)])
+def test_adapters_ask_for_what_they_need(gigabytes, again, monkeypatch):
+    """4b as int4, one conversation of 8,192 tokens: 38 GB of activations, if layers keep them."""
+    properties = SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with torch.device("meta"):
+        model = danube3.use_scheme(danube3.Danube3(danube3.CONFIGS["4b"]), danube3.SCHEMES["int4"])
+    model.requires_grad_(False)
+    recipe = danube3.RECIPES["4b"]
+    assert (recipe.sequence_length, recipe.micro_batch_size) == (8192, 1)
+    planning.set_recompute(model, recipe, "auto", torch.device("cuda"))
+    assert {layer.recompute for layer in model.model.layers} == {again}
 
 
 def test_rows_shared_by_processes():

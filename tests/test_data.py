@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import resource
 from collections import Counter
 from fractions import Fraction
 
@@ -95,14 +96,32 @@ def test_mixture_pattern(weights):
     assert pattern[: sum(weights.values())] == pattern[sum(weights.values()) : 2 * sum(weights.values())]
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", [*range(100), *danube3.MIXTURES], ids=str)
 def test_every_prefix_has_its_shares(seed):
-    draw = random.Random(seed)
-    weights = {f"s{i}": draw.randrange(1, draw.choice([5, 50, 500])) for i in range(draw.randrange(2, 9))}
+    """Of random mixtures, and of the report's stages."""
+    if isinstance(seed, dict):
+        weights = seed
+    else:
+        draw = random.Random(seed)
+        weights = {f"s{i}": draw.randrange(1, draw.choice([5, 50, 500])) for i in range(draw.randrange(2, 9))}
     given, total = Counter(), sum(weights.values())
-    for t, name in enumerate(danube3.mixture_pattern(weights, min(total, 700)), start=1):
+    for t, name in enumerate(danube3.mixture_pattern(weights, min(total, 1000)), start=1):
         given[name] += 1
         assert all(abs(given[s] - Fraction(t * w, total)) < 1 for s, w in weights.items())
+
+
+def test_more_shards_than_open_files(tmp_path):
+    """As runs of trillions of tokens have."""
+    counts = [3] * 200
+    for i in range(200):
+        np.arange(3 * i, 3 * i + 3, dtype="<u2").tofile(tmp_path / f"a-train-{i:05d}.bin")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limit[1]))
+    try:
+        source = danube3.TokenSource(tmp_path, "a", "train", counts, 10, 600)
+        assert [source.window(i).tolist() for i in (0, 59)] == [[*range(10)], [*range(590, 600)]]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 16, 17, 99, 100, 101, 1000])

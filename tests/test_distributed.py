@@ -88,7 +88,7 @@ def test_processes_make_the_same_run(processes, micro_batch_size, recompute, alo
     assert output.count("parameters to train") == 1 and f"{processes} x cpu" in output
     same_curve(steps_of(tmp_path / "run"), steps_of(alone))
     ours, theirs = (danube3.load_checkpoint(folder)[0] for folder in (tmp_path / "run", alone))
-    assert max((a - b).abs().max() for a, b in zip(ours.parameters(), theirs.parameters())) < 1e-3
+    assert max((a - b).abs().max() for a, b in zip(ours.parameters(), theirs.parameters())) < 1e-4
     names = {path.name for path in danube3.find_checkpoint(alone).iterdir()}
     assert {path.name for path in danube3.find_checkpoint(tmp_path / "run").iterdir()} == names
 

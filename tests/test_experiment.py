@@ -1,8 +1,10 @@
 """The experiment on the stages: its statistics against numbers worked by hand, and what it asks the models."""
 
+import argparse
 import json
 import math
 import random
+import shutil
 import statistics
 
 import pytest
@@ -64,6 +66,19 @@ def test_finished_runs_are_not_done_again(tmp_path, toy_data):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 2 + len(experiment.OUTCOMES) and "| staged - constant |" in result.stdout
     assert (tmp_path / "runs.png").stat().st_size > 5_000 and not (tmp_path / "out").exists()
+
+
+def test_a_short_run(tmp_path, toy_data):
+    """Training, chat and all examinations of one model; finished runs are only examined again."""
+    data = shutil.copytree(toy_data, tmp_path / "data")
+    for path in data.glob("*.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:24]))
+    args = argparse.Namespace(data=data, out=tmp_path / "out", workers=2, tokens="4k")
+    row = experiment.one_run(args, "reversed", 1)
+    assert set(row) == {"order", "seed", *experiment.OUTCOMES} and row == experiment.one_run(args, "reversed", 1)
+    assert row["quiz"] * 24 == pytest.approx(round(row["quiz"] * 24)) and 5 < row["loss_web"] < 7
+    lines = (tmp_path / "out" / "reversed-1" / "metrics.jsonl").read_text()
+    assert lines.index("stage 3") < lines.index("stage 1")
 
 
 def test_statements_hold_truth_and_rumour(toy_data):

@@ -1,4 +1,4 @@
-"""The README's figures against what they were made from."""
+"""The README against what it speaks of: the experiment, lines, tests, costs, files."""
 
 import ast
 import re
@@ -102,13 +102,24 @@ def test_first_reading():
 
 def counted_lines():
     """What the comparison counts of this project: -> lines of model, pre-training and sampling; of danube3.py"""
-    programs = [len((ROOT / name).read_text().splitlines()) for name in ("train.py", "sample.py")]
-    parts = [length for number, (_, length) in sections().items() if number in (1, 2, 3, 4, 5, 7, 8, 9)]
+    names = ("train.py", "sample.py", "extras/cli.py", "extras/planning.py", "extras/report.py")
+    programs = [len((ROOT / name).read_text().splitlines()) for name in names]
+    parts = [length for number, (_, length) in sections().items() if number not in (10, 11, 12)]
     return sum(parts) + sum(programs), len((ROOT / "danube3.py").read_text().splitlines())
 
 
 def test_lines_in_the_comparison():
     assert "| {:,} (whole `danube3.py`: {:,}) |".format(*counted_lines()) in README
+
+
+def counted_tests():
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    functions = sum(len(re.findall(r"^def test_", path.read_text(), re.M)) for path in files)
+    return f"| tests | {len(files)} files, {functions} test functions ("
+
+
+def test_number_of_tests():
+    assert counted_tests() in README
 
 
 def test_nothing_was_left_open():
@@ -168,6 +179,7 @@ def mend_map():
     text = re.sub(r"`danube3.py` has [\d,]+ lines. A first reading takes [\d,]+ of them", said, text)
     counts = "{:,} (whole `danube3.py`: {:,})".format(*counted_lines())
     text = re.sub(r"[\d,]+ \(whole `danube3.py`: [\d,]+\)", counts, text)
+    text = re.sub(r"\| tests \| \d+ files, \d+ test functions \(", counted_tests(), text)
     (ROOT / "README.md").write_text(text)
 
 

@@ -1,4 +1,5 @@
-"""Tokenizer and chat format: ids equal to transformers', control tokens out of reach, text streamed whole."""
+"""Tokenizer and chat format: ids equal to transformers' (but for runs of spaces with Mistral's tokenizer), control
+tokens out of reach, text streamed whole."""
 
 import random
 import re
@@ -43,7 +44,7 @@ def transformers_tokenizer(tokenizer, folder):
 
 
 def test_published_ids(mistral):
-    """[R] The ids of the model card's example."""
+    """The model card's example [R]; its ids are those of the Mistral tokenizer, which transformers gives too."""
     conversation = [{"role": "user", "content": "Why is drinking water so healthy?"}]
     ids, labels = danube3.render_chat(conversation, mistral, add_generation_prompt=True)
     assert ids == [

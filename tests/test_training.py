@@ -232,8 +232,9 @@ def test_killed_twice_ends_in_the_same_bits(undisturbed, toy_data, tmp_path):
     assert [path.name for path in out.glob("step-*")] == ["step-0000020"]
 
 
-def test_interrupted_run_finishes_its_step(undisturbed, toy_data, tmp_path):
-    """Ctrl-C: the step is finished, saved, the way to go on is said, and it works."""
+@pytest.mark.parametrize("request_", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_finishes_its_step(request_, undisturbed, toy_data, tmp_path):
+    """Ctrl-C, or a batch system's SIGTERM: the step is finished, saved, the way to go on is said, and it works."""
     out = tmp_path / "interrupted"
     process = subprocess.Popen(
         command(toy_data, out), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -241,7 +242,7 @@ def test_interrupted_run_finishes_its_step(undisturbed, toy_data, tmp_path):
     while not ((out / "metrics.jsonl").exists() and '"step": 5, ' in (out / "metrics.jsonl").read_text()):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(request_)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     step = int(danube3.find_checkpoint(out).name[-7:])
@@ -258,9 +259,26 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, toy_data, tmp_path
     assert final_weights(out) == final_weights(undisturbed[0]) and losses(out) == losses(undisturbed[0])
 
 
-def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path):
-    out = shutil.copytree(undisturbed[0], tmp_path / "copy")
+def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path, monkeypatch):
+    """A run that dies after step 10 and goes on in smaller pieces has the same losses, but for rounding."""
+    out, save, saved = tmp_path / "broken", danube3.Run.save, []
+
+    def save_once(self):
+        saved.append(self.step)
+        save(self)
+        if self.step >= 10:
+            raise danube3.DanubeError("the power fails")
+
+    monkeypatch.setattr(danube3.Run, "save", save_once)
+    assert "the power fails" in call(*command(toy_data, out)[1:]).stderr
+    monkeypatch.undo()
+    assert saved[-1] == 10 and danube3.find_checkpoint(out).name == "step-0000010"
     assert call(*command(toy_data, out, "--resume", "--micro-batch-size", 4)[1:]).returncode == 0
+    after, before = losses(out), losses(undisturbed[0])
+    assert [step for step, *_ in after] == [step for step, *_ in before]
+    numbers = [[each[3] for each in entries if each[3]] for entries in (after, before)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4) and numbers[0][:10] == numbers[1][:10]
+    assert numbers[0] != numbers[1]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The crown: whole optimizer steps of a Danube3 in pure NumPy are torch's. And the published shapes, one layer each."""
+"""The crown: whole optimizer steps of a Danube3 in pure NumPy are torch's. And the published widths, one layer each."""
 
 import dataclasses
 
@@ -74,7 +74,7 @@ def test_optimizer_steps_equal_numpy(steps, grad_clip, changes, monkeypatch):
 )
 @pytest.mark.parametrize("T", [1, 2, 7, 33])
 def test_forward_and_backward_exactly(T, changes, monkeypatch):
-    """With rotary tables in float64 on both sides, logits and all gradients agree to 1e-10."""
+    """With rotary tables in float64 on both sides, logits agree to 5e-9; and the gradients."""
     monkeypatch.setattr(danube3, "rotary_table", exact_rotary_table)
     config = dataclasses.replace(TINY, **changes)
     model, ids = random_model(config, dtype=torch.float64), torch.randint(0, config.vocab_size, (2, T))
