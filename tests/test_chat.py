@@ -526,6 +526,20 @@ def test_flags_that_make_no_sense(flags, words, long_base, chat_file, toy_data, 
     assert not (tmp_path / "out").exists()
 
 
+def test_chat_recipe_by_hand():
+    """Five conversations, four a step: after 2, 3 and 4 steps all were read once, twice, three times."""
+    rows = [np.zeros((2, length), dtype=int) for length in (100, 60, 3000, 10, 10)]
+    stages = tuple(danube3.Stage(f"epoch {i}", steps * 4 * 3000, {"chat": 1}) for i, steps in ((1, 2), (2, 1), (3, 1)))
+    for lora, rate in ((True, 1e-4), (False, 1e-5)):
+        assert danube3.chat_recipe(TINY, rows, 3, 4, lora) == danube3.Recipe(
+            stages, 3000, 4 * 3000, 2, rate * 1536 / 40, weight_decay=0.0, warmup_fraction=0.05, save_every=500
+        )
+    for longest, micro_batch_size in ((8192, 1), (4096, 2), (4097, 1), (2048, 4), (9000, 1)):
+        rows[2] = np.zeros((2, longest), dtype=int)
+        assert danube3.chat_recipe(TINY, rows, 1, 4, False).micro_batch_size == micro_batch_size
+    assert danube3.chat_recipe(TINY, rows[3:], 1, 16, False).rows_per_step == 2
+
+
 def test_nothing_to_learn(long_base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "Hello?"}]}] * 3)
     flags = ("--init", long_base, "--out", tmp_path / "out")

@@ -201,3 +201,17 @@ def test_generation_stops():
     with pytest.raises(danube3.DanubeError, match="does not fit"):
         danube3.generate(model, torch.zeros(1, 65, dtype=torch.long), 1)
     assert torch.equal(danube3.generate(model, torch.full((1, 64), 7), 5), torch.full((1, 64), 7))
+
+
+def test_a_cache_must_leave_something_to_ask():
+    model, ids = random_model(TINY), torch.randint(3, TINY.vocab_size, (1, 5))
+    cache = danube3.KVCache(TINY, 1, 8, torch.float32, ids.device)
+    model.model(ids, cache)
+    with pytest.raises(danube3.DanubeError, match="a cache of 5 tokens leaves nothing to ask of a prompt of 5"):
+        next(danube3.generate_tokens(model, ids, 2, kv_cache=cache))
+
+
+def test_a_tiny_temperature_is_the_likeliest_token():
+    logits = 50 * torch.randn(4, 9)
+    probabilities = danube3.next_token_probabilities(logits, 1e-38)
+    assert torch.equal(probabilities, torch.nn.functional.one_hot(logits.argmax(-1), 9).float())
