@@ -30,10 +30,10 @@ The letters in every shape comment:
 [] is a single number; N and n are any number of something; a quantized matrix is [N, K], K numbers in and N out, and
 this K is not that of the heads. (F is also the usual name of torch.nn.functional in code.)
 
-A model in five lines: each id becomes a vector [D]. Together these vectors, the stream, run through all layers. In each
-layer tokens first look at each other (attention, in H heads of h numbers), then each is worked on by itself (an MLP of
-width F); both add something to the stream. The head (lm_head) makes of it one number, a logit, for each possible next
-token. The README has a drawing.
+A model in short: each token, an id, becomes a vector [D]. Together these vectors, the stream, run through all layers.
+In each, tokens first look at each other (attention, H times side by side: in H heads), then each is worked on by itself
+(an MLP of width F); both add something to the stream. In the end lm_head, the head (not one of the H), makes of it one
+number, a logit, for each possible next token. The README has a drawing.
 
 Facts carry their source: [R] is the report, its model cards or published configuration files; [C] is our own choice,
 made because nothing was published.
@@ -65,7 +65,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as compute_again  # for a backward pass; nothing is saved
+from torch.utils.checkpoint import checkpoint as compute_again  # for a backward pass; writes no file
 from tqdm import tqdm
 
 try:
@@ -83,7 +83,7 @@ class DanubeError(Exception):
 #
 # What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers, from
 # which all that follows reads its sizes, so that no number is written twice and a wrong one is refused in one place.
-# The fields of DanubeConfig are those of the published config.json, and head_dim, which that leaves to be derived.
+# The fields of DanubeConfig are those of the published config.json, and head_dim, which is D / H where that lacks it.
 # Look at head_dim: it is a number of its own. In all three models H x h happens to equal hidden_size, but nothing in
 # the architecture asks for that, and code that computes one from the other breaks on the next model.
 # ======================================================================================================================
@@ -100,7 +100,7 @@ class DanubeConfig:
     head_dim: int                          # h
     initializer_range: float               # standard deviation of every matrix at the start
     vocab_size: int = 32_000               # V
-    max_position_embeddings: int = 8_192   # the context: the longest row the model is made for
+    max_position_embeddings: int = 8_192   # the context: the longest row it may be given
     rope_theta: float = 100_000.0          # the base of the rotary angles (section 3)
     rms_norm_eps: float = 1e-5
     bos_token_id: int = 1                  # <s>
@@ -150,7 +150,7 @@ class Recipe:
     tokens_per_step: int           # tokens of one optimizer step, over all micro-batches
     micro_batch_size: int          # B, rows that go through the model at once; a question of memory
     learning_rate: float           # the peak
-    final_learning_rate: float = 0.0  # the last step's, as a fraction of the peak
+    final_fraction: float = 0.0  # the last step's, as a fraction of the peak
     warmup_fraction: float = 0.01  # of all steps
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -224,7 +224,7 @@ def remix(recipe: Recipe, order: str) -> Recipe:
 SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")  # the six kinds the report names [R]
 
 # Thousandths of each stage. The web column is [R]: 90.6, 81.7 and 51.6 %. How the rest is split among the other five
-# is only a figure in the report, so the other columns are [C].
+# is only a chart in the report, so the other columns are [C].
 MIXTURES = tuple(dict(zip(SOURCES, shares)) for shares in (  # in the order of SOURCES
     (906, 18, 18, 18, 30, 10),
     (817, 35, 35, 38, 55, 20),
@@ -253,9 +253,9 @@ RECIPES = {
     "toy": Recipe(danube_stages(900_000, 450_000, 450_000), sequence_length=128, tokens_per_step=1_024,
                   micro_batch_size=8, learning_rate=3e-3, warmup_fraction=0.04, beta2=0.99, save_every=400),
     "500m": Recipe(danube_stages(2_800 * BILLION, 1_150 * BILLION, 50 * BILLION), sequence_length=8_192,
-                   tokens_per_step=2 ** 21, micro_batch_size=1, learning_rate=4e-4, final_learning_rate=0.01),
+                   tokens_per_step=2 ** 21, micro_batch_size=1, learning_rate=4e-4, final_fraction=0.01),
     "4b": Recipe(danube_stages(4_600 * BILLION, 1_350 * BILLION, 50 * BILLION), sequence_length=8_192,
-                 tokens_per_step=2 ** 22, micro_batch_size=1, learning_rate=2e-4, final_learning_rate=0.01),
+                 tokens_per_step=2 ** 22, micro_batch_size=1, learning_rate=2e-4, final_fraction=0.01),
 }
 
 
@@ -275,7 +275,7 @@ def count_parameters(config: DanubeConfig) -> int:
 # byte-pair encoding by sentencepiece. Its training begins with single characters and joins the most frequent pair of
 # neighbours, again and again, until there are 32,000 pieces; a text is cut by doing the same joins in the same order.
 # Three pieces are control tokens (<s>, which begins a document [C]; </s>, which ends one, or a turn; <unk>, never
-# needed, because) 256 are single bytes, so that no text is unknown. A control token has an id but no spelling: the text
+# needed: 256 others are single bytes, so no text is unknown). A control token has an id but no spelling: the text
 # "</s>" typed by a user is encoded as ordinary pieces, and only this code, which works with ids, can put the real one
 # in. So nobody can type the end of a turn.
 # Look at StreamDecoder: why a token cannot be turned into text on its own.
@@ -322,7 +322,7 @@ class StreamDecoder:
     A token has no text of its own: sentencepiece drops the space in front of the first piece (" world" alone decodes to
     "world"), and a character such as an emoji may be spread over four byte tokens. So each new token is decoded
     together with the tokens before it, and what is new in the result is given out, unless it ends in half a character.
-    Only the tokens since the last piece of text are decoded again, so a long answer costs no more per token than a
+    Only the last piece of text and what follows are decoded, so a long answer costs no more per token than a
     short one.
     """
 
@@ -415,7 +415,7 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 # ======================================================================================================================
 # 3. Kernels
 #
-# All that a model learns is in its matrices (and in the gains of its norms). Five formulas join them: normalise, so
+# All that a model learns is in its matrices (and in the gains of its norms). Five formulas join them: normalize, so
 # that the next matrix reads numbers of one size; turn, so that the order of tokens matters; attend, so that they see
 # each other; gate, so that two matrices in a row are more than one; and the loss, the number to be made small. They are
 # pure functions: tests/reference.py has each of them again in NumPy, written from the formula, with its derivative.
@@ -424,8 +424,8 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension. x [.., D], weight (the gain) [D] -> [.., D]
 
-    Computed in fp32 whatever the type of x: a sum of D squares can overflow fp16, which ends at 65,504, and loses most
-    of the 8 bits that bf16 has.
+    Computed in fp32 whatever the type of x: a sum of D squares can overflow fp16 (which ends at 65,504), and bf16 (with
+    the range of fp32) has 8 bits of precision.
     """
     x32 = x.float() if x.dtype != torch.float64 else x  # fp64 stays: derivatives are tested in it
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
@@ -448,7 +448,7 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
         (a, b) -> (a cos - b sin, b cos + a sin)        a = x[i], b = x[i + h/2], the angle is p theta^(-2i/h)
 
-    The product of a query turned to position p and a key turned to position s depends only on p - s: this is how a
+    The product of a query and a key (see below), turned to positions p and s, depends only on p - s: this is how a
     model without any other notion of place knows how far apart two tokens are. Fast pairs (i = 0: a turn in 6 tokens)
     tell neighbours apart, slow ones the near from the far. Trap: which two features form pair i? Here, as in every
     Llama checkpoint on Hugging Face, features i and i + h/2 ("half-split"); in the original paper and in GGUF files,
@@ -462,12 +462,14 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(h), causal) v, with H query heads on K key/value heads. q [B, H, T, h]; k and v [B, K, S, h]
     -> [B, H, T, h]
 
-    Each token asks with its query q; the products with the keys k of the tokens before it, and its own (that is what
-    "causal" means), say how much of each one's value v it gets. A sum of h products of independent numbers of typical
-    size 1 has the typical size sqrt(h): undivided, the softmax would soon give all to one key, and pass on no gradient.
+    Each token asks with its query q. Of its products with the keys k of the tokens before it, and its own (that is what
+    "causal" means), softmax makes shares that add up to 1: so much of each one's value v it gets. A sum of h products
+    of independent numbers of typical size 1 has the typical size sqrt(h): undivided, softmax would soon give all to one
+    key, and pass on no gradient.
 
-    Trap: query head i reads key/value head i // (H / K), neighbours share. With H = 4 and K = 2 query heads 0 and 1
-    read 0, 2 and 3 read 1: k.repeat_interleave(H // K, dim=1), not k.repeat; `enable_gqa` does it without the copy.
+    K < H keeps the cache of keys and values (section 4) small. Trap: query head i reads key/value head i // (H / K),
+    neighbours share. With H = 4 and K = 2 query heads 0 and 1 read 0, 2 and 3 read 1: k.repeat_interleave(H // K,
+    dim=1), not k.repeat; `enable_gqa` does it without the copy.
 
     Trap: the queries are the last T of the S positions, so query t sees keys 0 .. S - T + t. Of two new tokens after
     three in a cache (section 4; T = 2, S = 5) the first sees 11110, the second 11111. `is_causal` lines its triangle up
@@ -481,7 +483,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
     share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
-    if not share:  # on a GPU, but where flash attention, which shares heads, is certain: for bf16 without a mask
+    if not share:  # on a GPU, unless flash attention, which shares heads, is certain: for bf16 without a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
 
@@ -509,7 +511,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 # The kernels wired together. A module's name is its name in the published checkpoint
 # (model.layers.0.self_attn.q_proj), so loading a checkpoint is matching names. Each layer adds two corrections to a
 # stream of vectors [B, T, D]: one from attention, where tokens look at each other, one from the MLP, where each token
-# thinks by itself. Both read a normalised copy of the stream, and the stream itself is never normalised (pre-norm).
+# thinks by itself. Both, and lm_head at the end, read a normalized copy; the stream stays as it is (pre-norm).
 # ======================================================================================================================
 
 class KVCache:
@@ -598,7 +600,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model without its head: ids to the stream after the last layer, normalised."""
+    """The model without its head: ids to the stream after the last layer, normalized."""
 
     def __init__(self, config: DanubeConfig) -> None:
         super().__init__()
@@ -619,7 +621,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-LOGIT_ROWS = 4_096  # losses need logits of at most this many tokens at once: 0.5 GB at V = 32,000 in fp32 [C]
+LOGIT_TOKENS = 4_096  # losses need logits of at most this many tokens at once: 0.5 GB at V = 32,000 in fp32 [C]
 
 
 class Danube3(nn.Module):
@@ -678,9 +680,9 @@ class Danube3(nn.Module):
         def block_loss(x: Tensor, targets: Tensor) -> Tensor:
             return cross_entropy(self.lm_head(x), targets)
 
-        if len(x) <= LOGIT_ROWS:
+        if len(x) <= LOGIT_TOKENS:
             return block_loss(x, targets)
-        blocks = zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))
+        blocks = zip(x.split(LOGIT_TOKENS), targets.split(LOGIT_TOKENS))
         return torch.stack([compute_again(block_loss, *block, use_reentrant=False) for block in blocks]).sum()
 
 
@@ -688,12 +690,12 @@ class Danube3(nn.Module):
 # 5. Generation
 #
 # The model gives every possible next token a number, its logit; softmax makes probabilities of them. Generation picks a
-# token, appends it, and asks again. With a cache each turn of that loop processes one token instead of the whole text.
+# token, appends it, and asks again. With a cache each pass of that loop processes one token instead of the whole text.
 # First reading: next_token_probabilities, generate_tokens, generate.
 # ======================================================================================================================
 
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """softmax(logits / temperature), cut to the likely tokens and renormalised. [B, V] -> [B, V]
+    """softmax(logits / temperature), cut to the likely tokens and renormalized. [B, V] -> [B, V]
 
     A temperature below 1 favours the likely tokens, one above 1 the others. top_k keeps the k likeliest (0: all). top_p
     keeps the fewest likeliest tokens whose probabilities reach p in sum (1.0: all), at least one: few where the model
@@ -722,13 +724,13 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     """Continue rows of one length, input_ids [B, T]; yields the next token of each, [B], until all have ended.
 
     temperature 0 takes the likeliest token. A row ends with </s>, which is yielded, and yields </s> from then on. The
-    loop also ends after `max_new_tokens`, or when the context is full. A `kv_cache` that is given may hold the first of
-    input_ids already, which are then passed over; not the last one, whose logits are needed.
+    loop also ends after `max_new_tokens`, or when the context is full. A `kv_cache` that is given may hold the first
+    ids of each row already, which are then skipped; not the last one, whose logits are needed.
     """
     B, T = input_ids.shape
     context = model.config.max_position_embeddings
     if not 1 <= T <= context:
-        raise DanubeError(f"a prompt of {T} tokens does not fit a context of 1 to {context}: shorten it")
+        raise DanubeError(f"a prompt of {T} tokens does not fit: use 1 to {context}")
     generator = torch.Generator(device=input_ids.device)
     if seed is None:
         generator.seed()  # a random one
@@ -749,7 +751,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
             probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
             next_ids = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # [B]
         next_ids = next_ids.masked_fill(ended, model.config.eos_token_id)
-        yield next_ids  # not in the cache yet: it goes in when it is read, in the next turn of this loop
+        yield next_ids  # not in the cache yet: it goes in when it is read, in the next pass of this loop
         ended |= next_ids == model.config.eos_token_id
         if ended.all():
             return
@@ -888,8 +890,7 @@ def empty_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into; on success it gets its digests and becomes `folder`; on failure
-    it is removed."""
+    """A temporary folder to write into; on success it gets its digests and becomes `folder`, else it is removed."""
     if folder.exists():
         raise DanubeError(f"{folder} already exists: remove it first, or choose another place")
     partial = folder.with_name(f"{folder.name}.partial")
@@ -1126,7 +1127,7 @@ def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dty
 # Text is stored as token shards: files of uint16 ids, documents one after another as <s> .. </s>, read in windows of
 # T. Which windows make up step 1,234,567? If the answer is the state of a loader, that state must be saved, or all the
 # batches before must be drawn again, and with another number of processes it is another answer. Here it is a pure
-# function of the step, so there is no state: two small pieces of arithmetic, one that shares rows among sources
+# function of the step, without state: two small pieces of arithmetic, one that shares rows among sources
 # (mixture_pattern), and one that shuffles without storing the order (shuffled).
 # First reading: TokenSource, mixture_pattern, shuffled, StagedData.
 # ======================================================================================================================
@@ -1179,7 +1180,7 @@ class TokenSource:
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         offset = start - int(self.starts[shard])
         while missing:
-            # opened for each read: a run of 4T tokens has more shards than a process may hold open
+            # opened for each read: a run of 4e12 tokens has more shards than a process may hold open
             part = np.fromfile(self.files[shard], "<u2", missing, offset=2 * offset)
             parts.append(part)
             shard, offset, missing = shard + 1, 0, missing - len(part)
@@ -1358,8 +1359,8 @@ class StagedData:
 # then falls along half a cosine: large steps to get there, small ones to settle.
 #
 #     m = beta1 m + (1 - beta1) g                      g is the gradient
-#     v = beta2 v + (1 - beta2) g^2                    m and v begin at 0, for which at step t = 1, 2, ..
-#     m' = m / (1 - beta1^t), v' = v / (1 - beta2^t)   makes up
+#     v = beta2 v + (1 - beta2) g^2                    m and v begin at 0, too small:
+#     m' = m / (1 - beta1^t), v' = v / (1 - beta2^t)   corrected for that, at step t = 1, 2, ..
 #     w = w - rate (m' / (sqrt(v') + eps) + decay w)   decay is weight_decay
 # ======================================================================================================================
 
@@ -1373,7 +1374,7 @@ def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def make_moments(optimizer: torch.optim.AdamW) -> None:
-    """What AdamW makes in its first step, before it: so that a checkpoint of step 0 has it too."""
+    """Make what AdamW would make in its first step: a checkpoint of step 0 has it too."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
@@ -1385,14 +1386,14 @@ def learning_rate(step: int, recipe: Recipe) -> float:
     the warm-up. Step counts from 0.
 
         peak (step + 1) / warmup, and then
-        peak (f + (1 - f) (1 + cos(pi p)) / 2)     p = 0 .. 1 over the other steps, f = final_learning_rate
+        peak (f + (1 - f) (1 + cos(pi p)) / 2)     p = 0 .. 1 over the other steps, f = final_fraction
     """
     warmup = max(1, round(recipe.warmup_fraction * recipe.total_steps))
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, recipe.total_steps - 1 - warmup)  # 0 .. 1
     cosine = 0.5 * (1 + math.cos(math.pi * progress))  # 1 .. 0
-    return recipe.learning_rate * (recipe.final_learning_rate + (1 - recipe.final_learning_rate) * cosine)
+    return recipe.learning_rate * (recipe.final_fraction + (1 - recipe.final_fraction) * cosine)
 
 
 # ======================================================================================================================
@@ -1400,7 +1401,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 #
 # One loop: take the batch of this step, sum the loss over its micro-batches, backward, clip, step, write a line.
 # Around it stand the things that make a long run bearable: checkpoints, resuming to the bit, a bar that tells when it
-# will be over, and how much of the machine's arithmetic the run really uses.
+# will be over, and how much of the machine's arithmetic the run really uses. In one process `rank` is 0, `ranks` 1.
 # First reading: compute_dtype, autocast, flops_per_token, used_lengths, micro_batches, train_step, mean_loss, train.
 # ======================================================================================================================
 
@@ -1528,10 +1529,10 @@ def used_lengths(labels: Tensor) -> Tensor:
 def micro_batches(input_ids: Tensor, labels: Tensor, size: int,
                   device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut rows [N, T] into pieces of at most `size` rows, each no longer than it must be, on the model's device."""
-    for ids, targets in zip(input_ids.split(size), labels.split(size)):
-        length = max(1, int(used_lengths(targets).amax()))
+    for ids, own_labels in zip(input_ids.split(size), labels.split(size)):
+        length = max(1, int(used_lengths(own_labels).amax()))
         at_once = device.type == "cuda"  # elsewhere a copy that is not waited for may read memory that has been freed
-        yield ids[:, :length].to(device, non_blocking=at_once), targets[:, :length].to(device, non_blocking=at_once)
+        yield ids[:, :length].to(device, non_blocking=at_once), own_labels[:, :length].to(device, non_blocking=at_once)
 
 
 def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor, recipe: Recipe,
@@ -1551,11 +1552,11 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
     labelled = (labels[:, 1:] != IGNORE).sum().clamp(min=1).to(device)  # nothing predicts the first token of a row
     loss = torch.zeros((), device=device)
     batches = list(micro_batches(input_ids[rank::ranks], labels[rank::ranks], recipe.micro_batch_size, device))
-    for number, (ids, targets) in enumerate(batches, start=1):
+    for number, (ids, own_labels) in enumerate(batches, start=1):
         if ranks > 1:  # gradients are exchanged once, after the last
             model.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]  # a method of FSDP2's
         with autocast(device):
-            part = model(ids, targets) / labelled
+            part = model(ids, own_labels) / labelled
         scaler.scale(part * ranks).backward()  # the exchange takes the mean over processes, and we want the sum
         loss += part.detach()
     if ranks > 1:
@@ -1577,8 +1578,8 @@ def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_siz
     device, (rank, ranks) = model.device, processes()
     rank, ranks = (rank, ranks) if len(labels) % ranks == 0 else (0, 1)
     total = torch.zeros((), device=device)
-    for ids, targets in micro_batches(input_ids[rank::ranks], labels[rank::ranks], micro_batch_size, device):
-        total += model(ids, targets)
+    for ids, own_labels in micro_batches(input_ids[rank::ranks], labels[rank::ranks], micro_batch_size, device):
+        total += model(ids, own_labels)
     if ranks > 1:
         dist.all_reduce(total)
     return total.item() / max(1, int((labels[:, 1:] != IGNORE).sum()))
@@ -1802,7 +1803,7 @@ def train(run: Run) -> bool:
                 return False
             stage, start = recipe.stages[recipe.stage_at(run.step)].name, time.perf_counter()
             input_ids, labels = upcoming.result()
-            upcoming = reader.submit(run.batch, min(run.step + 1, recipe.total_steps - 1))  # at the end, any
+            upcoming = reader.submit(run.batch, min(run.step + 1, recipe.total_steps - 1))  # the last: unused
             tokens = int(used_lengths(labels).sum())
             loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
             rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
@@ -1918,7 +1919,7 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
 
 def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Rows [2, T_i] of input_ids and labels as 2 x [N, T], filled up on the right, where no earlier token looks. The
-    label IGNORE tells padding, not its id: that is <unk>, and could be a token like any other."""
+    label IGNORE marks padding, not the id 0: that is <unk>, and could stand in a text as well."""
     input_ids = torch.zeros(len(rows), max(row.shape[1] for row in rows), dtype=torch.int64)
     labels = torch.full_like(input_ids, IGNORE)
     for i, row in enumerate(rows):
@@ -1928,8 +1929,8 @@ def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch_size: int, lora: bool) -> Recipe:
     """One stage an epoch. 1e-4 for adapters is the default of H2O LLM Studio, the program that Danube3 was tuned with
-    [R]; the rest is [C]: all weights together take a tenth of that, and both rates grow as models get narrower than
-    500m (1,536). Tokens are counted as if all rows were as long as the longest; metrics.jsonl has what was read. (So a
+    [R]; the rest is [C]: all weights together take a tenth of that, and other widths than 500m's take both times 1,536
+    over theirs. Tokens are counted as if all rows were as long as the longest; metrics.jsonl has what was read. (So a
     single long row makes all micro-batches small, unless --micro-batch-size says otherwise.)"""
     longest, batch_size = max(row.shape[1] for row in rows), min(batch_size, len(rows))
     sizes = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
@@ -2118,7 +2119,7 @@ def text_perplexity(model: Danube3, tokenizer: Tokenizer, text: str) -> dict[str
     if len(ids) < 2:
         raise DanubeError("there is no text to measure")
     input_ids, labels = windows_of(ids, context, max(1, context // 2))
-    loss = mean_loss(model, input_ids, labels, max(1, LOGIT_ROWS // context))
+    loss = mean_loss(model, input_ids, labels, max(1, LOGIT_TOKENS // context))
     bits = loss * (len(ids) - 1) / math.log(2)
     return {"tokens": len(ids) - 1, "context": context, "stride": context // 2, "loss": loss,
             "perplexity": math.exp(min(loss, 99)), "bits per byte": bits / len(text.encode())}
@@ -2138,7 +2139,7 @@ def loss_per_source(model: Danube3, tokenizer: Tokenizer, folder: str | Path) ->
     context = min(2_048, model.config.max_position_embeddings // 2)
     data = matching_data(folder, tokenizer, model.config, context)
     rows = {name: validation_windows(data.open(name, "val")) for name in data.meta["sources"]}
-    return {name: mean_loss(model, ids, ids, max(1, LOGIT_ROWS // context)) for name, ids in rows.items()}
+    return {name: mean_loss(model, ids, ids, max(1, LOGIT_TOKENS // context)) for name, ids in rows.items()}
 
 
 @torch.no_grad()
@@ -2152,7 +2153,7 @@ def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]
     bar = tqdm(total=len(rows), desc="choices", leave=False, disable=None)
     while left:
         length = len(rows[left[0]][0])
-        size = max(1, LOGIT_ROWS // length)  # logits are the largest tensor here
+        size = max(1, LOGIT_TOKENS // length)  # logits are the largest tensor here
         picks, left = left[:size], left[size:]
         input_ids = torch.tensor([rows[i][0] + [0] * (length - len(rows[i][0])) for i in picks], device=device)
         log_p = model(input_ids)[:, :-1].log_softmax(-1)             # [B, T-1, V], at t for the token at t + 1
@@ -2198,7 +2199,7 @@ def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -
 
 def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
     """Questions as in choice_scores, with an "answer". acc is the share whose right choice has the highest log-
-    likelihood, acc_stderr its standard error, acc_norm the same with log-likelihoods a character, which does not favour
+    likelihood, acc_stderr its standard error, acc_norm the same by log-likelihood per character, which does not favour
     short choices (names and definitions are lm-evaluation-harness's); guessing is what chance would give."""
     for number, question in enumerate(questions, start=1):
         choices = question.get("choices")
@@ -2356,7 +2357,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """int8 [.., K] with scales [..], or packed int4 [.., K / 2] with scales [.., K / 32] -> fp32 [.., K]"""
+    """int8 [.., K] with scales [..], or int4 from pack_int4 [.., K / 2] with scales [.., K / 32] -> fp32 [.., K]"""
     if codes.dtype == torch.int8:
         return codes.float() * scales.float()[..., None]
     levels = unpack_int4(codes).unflatten(-1, (-1, GROUP)).float() - 8  # [.., K/32, 32]
@@ -2470,11 +2471,12 @@ def read_scheme(folder: Path) -> dict[str, int] | None:
 # x x^T over the calibration data. (C is half the second derivative of the cost, and so called the hessian; any multiple
 # of it will do.) Each row e of E is a problem of its own:
 #
-#     1  Rounding weight i fixes e_i. The weights after it are still free: choose theirs so that e C e^T is smallest.
+#     1  Rounding weight i fixes e_i. The weights after it are still free: choose each e_j so that e C e^T is smallest.
+#        (They are where the weights before i have moved them; e counts from there.)
 #     2  Where the derivative by each free e_j is 0, only the first entry of e C is not: e is a multiple of P_1, the
 #        first row of P, the inverse of what is left of C (rows and columns i, i + 1, ..). So e = e_i P_1 / P_11, and
 #        the cost is e_i^2 / P_11.
-#     3  One factorisation has all these inverses in it: with C^-1 = U^T U, U upper triangular, the same product of the
+#     3  One factorization has all these inverses in it: with C^-1 = U^T U, U upper triangular, the same product of the
 #        rows and columns from i on is P, so P_1 = U_ii U_i and P_11 = U_ii^2. The weights j > i move by
 #        -(w_i - rounded w_i) U_ij / U_ii, and 1 / U_ii^2 is how much the error of column i counts: its importance.
 
@@ -2603,7 +2605,7 @@ def dense(model: Danube3) -> Danube3:
 
 # A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
 # the rows of q and k, in the order of a rotary embedding that pairs neighbours (2i, 2i+1) where ours pairs halves; and
-# that int8 stores a scale for every 32 weights, here all those of a row the same.
+# that Q8_0 stores a scale for every 32 weights: here its row's scale, repeated.
 
 def gguf_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""

@@ -38,7 +38,7 @@ def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, g
         "AdamW moments (fp32)": 8 * n // gpus,
         "weights (compute copy)" if gpus == 1 else "exchanged parts": weight_copy if gpus == 1 else gathered,
         "activations (estimate)": tokens * kept,
-        "logits": 3 * 4 * min(tokens, danube3.LOGIT_ROWS) * c.vocab_size,
+        "logits": 3 * 4 * min(tokens, danube3.LOGIT_TOKENS) * c.vocab_size,
     }
 
 

@@ -84,12 +84,12 @@ def main():
     )
     for name, times in seconds.items():
         ratios = sorted(theirs / ours for theirs, ours in zip(seconds["transformers"], times))
-        utilisation = statistics.median(flops / t / peak for t, peak in zip(times, peaks))
+        utilization = statistics.median(flops / t / peak for t, peak in zip(times, peaks))
         print(
             f"{name:20} {recipe.tokens_per_step / statistics.median(times):8,.0f} tokens/s   "
             f"{statistics.median(ratios):.2f}x "
             f"transformers (middle half {ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f})   "
-            f"{utilisation:.0%} of matmul peak"
+            f"{utilization:.0%} of matmul peak"
         )
 
 

@@ -359,7 +359,7 @@ def min_p(danube3):
     """Keep what is not much less likely than the likeliest.
 
     Give next_token_probabilities a last argument, min_p: float = 0.0: of what temperature, top_k and top_p have left,
-    keep the tokens with at least min_p times the probability of the likeliest, and renormalise.
+    keep the tokens with at least min_p times the probability of the likeliest, and renormalize.
     Hint: look where the function returns.
     Observe: at a temperature of 2, compare how many tokens top_p = 0.9 and min_p = 0.1 keep, where the model is sure
     and where it is not.
@@ -554,7 +554,7 @@ def warmup_stable_decay(danube3):
     """
     schedule = find(danube3, "warmup_stable_decay")
     for final, warm, fraction in ((0.0, 0.01, 0.2), (0.1, 0.2, 0.5), (0.3, 0.1, 0.0)):
-        recipe = dataclasses.replace(danube3.RECIPES["toy"].scaled_to(61 * 1024), final_learning_rate=final,
+        recipe = dataclasses.replace(danube3.RECIPES["toy"].scaled_to(61 * 1024), final_fraction=final,
                                      warmup_fraction=warm)
         N, peak = recipe.total_steps, recipe.learning_rate
         W, D = max(1, round(warm * N)), round(fraction * N)

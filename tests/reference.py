@@ -306,10 +306,10 @@ def filter_logits(logits, temperature, top_k, top_p):  # logits [V] -> probabili
 
         temperature  z / temperature: below 1 sharpens, above 1 flattens (0, always the likeliest, is the caller's case)
         top_k        keep the k largest; 0 = off; among equals the smaller id goes first
-        top_p        of what is left, renormalised, keep the fewest likeliest whose total reaches p (so at least one);
+        top_p        of what is left, renormalized, keep the fewest likeliest whose total reaches p (so at least one);
                      1 = off
 
-    What is kept is renormalised; everything else has probability 0."""
+    What is kept is renormalized; everything else has probability 0."""
     assert temperature > 0
     z = logits / temperature
     order = np.argsort(-z, kind="stable")                       # ids, the likeliest first

@@ -141,7 +141,7 @@ def warmup_stable_decay(step, recipe, decay_fraction=0.2):
     warmup, decay = max(1, round(recipe.warmup_fraction * total)), round(decay_fraction * total)
     d = step + 1 - (total - decay)  # 1 .. decay in the last steps
     if d > 0:
-        return recipe.learning_rate * (1 - (1 - recipe.final_learning_rate) * d / decay)
+        return recipe.learning_rate * (1 - (1 - recipe.final_fraction) * d / decay)
     return recipe.learning_rate * min(1, (step + 1) / warmup)
 """)],
     "plain-adamw": [before("def make_optimizer(", """
@@ -163,8 +163,8 @@ class PlainAdamW(torch.optim.Optimizer):
                 m, v = state["m"] / (1 - beta1 ** state["step"]), state["v"] / (1 - beta2 ** state["step"])
                 p.mul_(1 - lr * group["weight_decay"]).sub_(lr * m / (v.sqrt() + group["eps"]))
 """)],
-    "break-mean": [("part = model(ids, targets) / labelled",
-                    "part = model(ids, targets) / (targets[:, 1:] != IGNORE).sum().clamp(min=1) / len(batches)")],
+    "break-mean": [("part = model(ids, own_labels) / labelled",
+                    "part = model(ids, own_labels) / (own_labels[:, 1:] != IGNORE).sum().clamp(min=1) / len(batches)")],
     "lora-on-the-head": [
         ("def add_lora(model: Danube3, rank: int, seed: int)",
          "def add_lora(model: Danube3, rank: int, seed: int, head: bool = False)"),

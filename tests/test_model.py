@@ -99,7 +99,7 @@ def test_loss_in_blocks_is_the_loss(monkeypatch):
     whole = model(ids, labels)
     expected = torch.autograd.grad(whole, list(model.parameters()))
     for rows in (1, 4, 32):
-        monkeypatch.setattr(danube3, "LOGIT_ROWS", rows)
+        monkeypatch.setattr(danube3, "LOGIT_TOKENS", rows)
         loss = model(ids, labels)
         torch.testing.assert_close(loss, whole)
         for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected):

@@ -157,7 +157,7 @@ def test_grouped_query_attention(rng, T, h, groups, cached):
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_attention_one_head_at_a_time(rng, groups):
-    """A loop over every query head and every query, with nothing vectorised."""
+    """A loop over every query head and every query, with nothing vectorized."""
     B, K, T, S, h = 2, 3, 4, 7, 6
     q, (k, v) = rng.standard_normal((B, K * groups, T, h)), rng.standard_normal((2, B, K, S, h))
     out = ref.grouped_query_attention(q, k, v)
@@ -455,7 +455,7 @@ def test_filter_logits_by_hand():
     assert np.allclose(ref.filter_logits(logits, 0.5, 0, 1.0), np.array([1, 16, 4, 9]) / 30)
     # p counts what top-k left: 4/7 already reaches 0.5, though 0.4 would not
     assert np.allclose(ref.filter_logits(logits, 1.0, 2, 0.5), [0, 1, 0, 0])
-    # temperature comes before p: squared and renormalised, 16/30 reaches 0.5
+    # temperature comes before p: squared and renormalized, 16/30 reaches 0.5
     assert np.allclose(ref.filter_logits(logits, 0.5, 0, 0.5), [0, 1, 0, 0])
     # ties: the smaller id
     assert np.allclose(ref.filter_logits(np.zeros(4), 1.0, 2, 1.0), [0.5, 0.5, 0, 0])

@@ -185,7 +185,7 @@ def test_settings_and_determinism(tokenizer, tmp_path):
     assert sum(pieces.is_byte(i) for i in range(pieces.vocab_size())) == 256
     assert (
         tokenizer.decode(tokenizer.encode("  a   b \u2160 \ufb01")) == "  a   b \u2160 \ufb01"
-    )  # nothing normalised away
+    )  # nothing normalized away
     digits = [pieces.id_to_piece(i) for i in tokenizer.encode("1234 2024") if not pieces.is_byte(i)]
     assert all(len(piece.strip("\u2581")) <= 1 for piece in digits)
 

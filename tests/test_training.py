@@ -53,7 +53,7 @@ def test_twenty_steps_equal_transformers(toy_data):
         loss, norm = danube3.train_step(model, ours, input_ids, labels, recipe, step)
         for group in plain.param_groups:
             group["lr"] = reference.learning_rate(
-                step, recipe.total_steps, 1, recipe.learning_rate, recipe.final_learning_rate * recipe.learning_rate
+                step, recipe.total_steps, 1, recipe.learning_rate, recipe.final_fraction * recipe.learning_rate
             )
         expected = theirs(input_ids=input_ids, labels=labels).loss
         expected.backward()
@@ -117,13 +117,13 @@ def test_decay_on_matrices_only():
 
 
 def test_learning_rate_is_the_reference():
-    for recipe in (danube3.RECIPES["toy"], toy_recipe(), toy_recipe(final_learning_rate=0.2, warmup_fraction=0.4)):
+    for recipe in (danube3.RECIPES["toy"], toy_recipe(), toy_recipe(final_fraction=0.2, warmup_fraction=0.4)):
         total, warmup = recipe.total_steps, max(1, round(recipe.warmup_fraction * recipe.total_steps))
         rates, peak = [danube3.learning_rate(step, recipe) for step in range(total)], recipe.learning_rate
-        final = recipe.final_learning_rate * peak
+        final = recipe.final_fraction * peak
         assert rates == pytest.approx([reference.learning_rate(s, total, warmup, peak, final) for s in range(total)])
         assert rates[-1] == pytest.approx(final, abs=1e-15) and max(rates) == pytest.approx(peak)
-    short = dataclasses.replace(danube3.RECIPES["toy"].scaled_to(3 * 1024), final_learning_rate=0.5)
+    short = dataclasses.replace(danube3.RECIPES["toy"].scaled_to(3 * 1024), final_fraction=0.5)
     assert [danube3.learning_rate(s, short) for s in range(3)] == pytest.approx([3e-3, 3e-3, 1.5e-3])
 
 

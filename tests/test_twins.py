@@ -37,7 +37,7 @@ def test_optimizer_steps_equal_numpy(steps, grad_clip, changes, monkeypatch):
         tokens_per_step=66,
         micro_batch_size=2,
         learning_rate=1e-2,
-        final_learning_rate=0.1,
+        final_fraction=0.1,
         warmup_fraction=0.3,
         grad_clip=grad_clip,
     )
