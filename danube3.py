@@ -165,9 +165,10 @@ class Recipe:
             raise DanubeError("sequence length, tokens per step, micro-batch size and save interval must be at least 1")
         micro_batch = self.micro_batch_size * self.sequence_length
         if self.tokens_per_step % micro_batch:
+            rows = f"a --micro-batch-size that divides {self.rows_per_step}, or (without --chat) "
             raise DanubeError(f"a step of {self.tokens_per_step:,} tokens is not a whole number of micro-batches of "
-                              f"{self.micro_batch_size} x {self.sequence_length} = {micro_batch:,}: use a "
-                              f"--micro-batch-size that divides {self.rows_per_step}, or (without --chat) "
+                              f"{self.micro_batch_size} x {self.sequence_length} = {micro_batch:,}: use "
+                              f"{rows if self.tokens_per_step % self.sequence_length == 0 else ''}"
                               f"--tokens-per-step {max(1, self.tokens_per_step // micro_batch) * micro_batch}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise DanubeError(f"the learning rate is {self.learning_rate}: it must be a positive number")
@@ -478,12 +479,13 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     T, S = q.shape[2], k.shape[2]
     mask, causal = None, False
-    if T == S and q.device.type != "mps":  # where some releases of torch get is_causal wrong in half precision
+    # (on mps some releases of torch get is_causal wrong in half precision)
+    if T == S and (q.device.type != "mps" or q.dtype == torch.float32):
         causal = True  # a branch, not `is_causal=T == S`: where lengths vary, torch.compile has no bool for that
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
     share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
-    if not share:  # on a GPU, unless flash attention, which shares heads, is certain: for bf16 without a mask
+    if not share:  # on a GPU, unless flash attention, which shares heads, is usual: for bf16 without a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
 
@@ -1180,8 +1182,11 @@ class TokenSource:
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         offset = start - int(self.starts[shard])
         while missing:
+            count = min(missing, int(self.starts[shard + 1]) - int(self.starts[shard]) - offset)
             # opened for each read: a run of 4e12 tokens has more shards than a process may hold open
-            part = np.fromfile(self.files[shard], "<u2", missing, offset=2 * offset)
+            part = np.fromfile(self.files[shard], "<u2", count, offset=2 * offset)
+            if len(part) < count:
+                raise DanubeError(f"{self.files[shard]} has become shorter, or cannot be read: make the data again")
             parts.append(part)
             shard, offset, missing = shard + 1, 0, missing - len(part)
         ids = np.concatenate(parts).astype(np.int64)
@@ -1741,11 +1746,12 @@ class Run:
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Turns the first Ctrl-C, or SIGTERM (as batch systems send it), into a request, an entry of the list that is
-    yielded; a second one stops at once. Under torchrun only Ctrl-C is one, and a second does nothing: torchrun stops
-    all when its --shutdown-timeout is over, and sends SIGTERM when a process has failed."""
+    yielded; a second one stops at once. With several processes only Ctrl-C is one, and a second does nothing: torchrun
+    stops all when its --shutdown-timeout is over, and sends SIGTERM when a process has failed."""
     requests: list[int] = []
     alone = processes()[1] == 1
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)[:1 + alone]}
+    numbers = (signal.SIGINT, signal.SIGTERM)[:1 + alone]
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
 
     def request(number: int, frame: object) -> None:
         requests.append(number)
@@ -1777,7 +1783,7 @@ def train(run: Run) -> bool:
     """Train to the end of the recipe. A checkpoint, and the loss on validation data, every `save_every` steps and after
     each stage; that loss also before the first step. While a step computes, a thread reads the next batch.
 
-    -> False if Ctrl-C ended it early; the run is saved then too."""
+    -> False if Ctrl-C or SIGTERM ended it early; the run is saved then too."""
     recipe, model, validation = run.data.recipe, run.model, run.data.validation_rows()
     rank, ranks = processes()
     peak = ranks * measure_matmul_peak(run.device)
@@ -1875,8 +1881,8 @@ def check_turns(messages: object, fold_system: bool) -> list[dict[str, str]]:
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[i % 2]
         if message.get("role") == "system":
-            raise DanubeError("System role not supported: remove it, or use --system fold, which puts its text in "
-                              "front of the first user message")
+            raise DanubeError("System role not supported: remove it, or train with --system fold, which puts its "
+                              "text in front of the first user message")
         if message.get("role") != expected:
             raise DanubeError(f"message {i + 1} has the role {message.get('role')!r} where {expected!r} must come: "
                               "user and assistant take turns, the user first")
@@ -2062,7 +2068,8 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
     unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
                                     "alora_invocation_tokens")
                    if config.get(name)]
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian"):  # others change the base too
+    plain_starts = (True, False, None, "gaussian", "eva", "orthogonal")
+    if config.get("init_lora_weights") not in plain_starts:  # pissa, olora, corda, loftq change the base too
         unsupported.append("init_lora_weights")
     plain = type(rank) is int and 1 <= rank <= model.config.intermediate_size and type(alpha) in (int, float)
     if config.get("peft_type") != "LORA" or unsupported or not plain or not math.isfinite(alpha):
@@ -2118,7 +2125,9 @@ def text_perplexity(model: Danube3, tokenizer: Tokenizer, text: str) -> dict[str
     context = min(2_048, model.config.max_position_embeddings)
     if len(ids) < 2:
         raise DanubeError("there is no text to measure")
-    input_ids, labels = windows_of(ids, context, max(1, context // 2))
+    if context < 2:
+        raise DanubeError("a context of one token predicts nothing: choose another model")
+    input_ids, labels = windows_of(ids, context, context // 2)
     loss = mean_loss(model, input_ids, labels, max(1, LOGIT_TOKENS // context))
     bits = loss * (len(ids) - 1) / math.log(2)
     return {"tokens": len(ids) - 1, "context": context, "stride": context // 2, "loss": loss,
@@ -2136,7 +2145,8 @@ def matching_data(folder: str | Path, tokenizer: Tokenizer, config: DanubeConfig
 def loss_per_source(model: Danube3, tokenizer: Tokenizer, folder: str | Path) -> dict[str, float]:
     """Loss on VALIDATION_ROWS rows of each source of a data folder. Rows are half of the model's context, at most
     2,048, so that the toy is measured as it was trained [C]."""
-    context = min(2_048, model.config.max_position_embeddings // 2)
+    if (context := min(2_048, model.config.max_position_embeddings // 2)) < 2:
+        raise DanubeError("a context of less than four tokens is too short for this: choose another model")
     data = matching_data(folder, tokenizer, model.config, context)
     rows = {name: validation_windows(data.open(name, "val")) for name in data.meta["sources"]}
     return {name: mean_loss(model, ids, ids, max(1, LOGIT_TOKENS // context)) for name, ids in rows.items()}
@@ -2177,6 +2187,17 @@ def encoded_choice(question: dict, choice: str, tokenizer: Tokenizer, bos: int) 
     return ids, first_difference([bos, *tokenizer.encode(question["prompt"])], ids)
 
 
+def asked_turns(question: dict, number: int) -> list[dict[str, str]]:
+    """The "messages" of a question, which must be turns that end with the user."""
+    try:
+        turns = check_turns(question.get("messages"), fold_system=False)
+    except DanubeError as error:
+        raise DanubeError(f"question {number}: {error}") from error
+    if len(turns) % 2 == 0:
+        raise DanubeError(f"question {number} must end with the user")
+    return turns
+
+
 def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> list[list[float]]:
     """The log-likelihood of every choice of each question, {"prompt" or "messages", "choices"}, summed over tokens."""
     rows, context = [], model.config.max_position_embeddings
@@ -2185,8 +2206,8 @@ def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -
         if not (("messages" in question or isinstance(question.get("prompt"), str)) and isinstance(choices, list)
                 and choices and all(isinstance(choice, str) for choice in choices)):
             raise DanubeError(f'question {number} lacks a "prompt" or a list of "choices"')
-        if "messages" in question and len(check_turns(question["messages"], fold_system=False)) % 2 == 0:
-            raise DanubeError(f"question {number} must end with the user")
+        if "messages" in question:
+            asked_turns(question, number)
         for choice in choices:
             rows.append(encoded_choice(question, choice, tokenizer, model.config.bos_token_id))
             if len(rows[-1][0]) > context:
@@ -2253,9 +2274,9 @@ def chat_questions(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) 
     """Answers to {"messages", "answer"} questions in free text: the share that hold the right one, as words, by the
     number of the turn; and the share that end by themselves."""
     for number, question in enumerate(questions, start=1):
-        turns, answer = check_turns(question.get("messages"), fold_system=False), question.get("answer")
-        if len(turns) % 2 == 0 or not isinstance(answer, str) or not answer:
-            raise DanubeError(f'question {number} must end with the user, and have an "answer" that is text')
+        asked_turns(question, number)
+        if not isinstance(question.get("answer"), str) or not question["answer"]:
+            raise DanubeError(f'question {number} must have an "answer" that is text')
     answers = free_answers(model, tokenizer, [question["messages"] for question in questions])
     right: dict[int, list[bool]] = {}
     for question, (text, _) in zip(questions, answers):

@@ -72,7 +72,8 @@ def talk(conversation: danube3.Conversation) -> None:
                 with contextlib.closing(conversation.answer(question)) as pieces:
                     for piece in pieces:
                         print(piece, end="", flush=True)
-                print("" if conversation.ended else f" (cut after {conversation.max_new_tokens} tokens)")
+                answered = len(conversation.exchanges[-1]) - len(question) - 1  # tokens before the </s> that was added
+                print("" if conversation.ended else f" (cut after {answered} tokens)")
         except EOFError:
             return
         except KeyboardInterrupt:

@@ -138,7 +138,7 @@ def main() -> int:
     args = arguments()
     device = cli.pick_device(args.device)
     cli.join_processes(device)
-    base = danube3.find_checkpoint(args.init).resolve() if args.init else None
+    base = danube3.find_checkpoint(args.init) if args.init else None
     model, tokenizer, data = chat(args, base, device) if args.chat and base else pretraining(args, base)
     if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
         raise danube3.DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
@@ -146,7 +146,8 @@ def main() -> int:
     if args.compile:
         cli.compile_model(model)
     model = danube3.share_model(model, device).train()
-    start = base.parent if base and base.name.startswith("step-") else base  # out/toy/step-..: the run's name, toy
+    start = base and base.absolute()
+    start = start.parent if start and start.name.startswith("step-") else start  # out/toy/step-..: the run's name, toy
     out = args.out or Path("out", f"{start.name}-chat" if args.chat and start else args.config or "toy")
     if args.merge and args.merge.resolve() == out.resolve():
         raise danube3.DanubeError(f"--merge {args.merge} is where the run itself is written: choose another folder")

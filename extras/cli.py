@@ -71,15 +71,15 @@ def join_processes(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # Others wait while the first process writes a checkpoint, and for a large model that can take long.
     kind, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    # Others wait while the first process writes a checkpoint, and for a large model that can take long.
     dist.init_process_group(kind, timeout=timedelta(hours=2), device_id=own)
 
 
 def leave_processes() -> int:
     """Part from the others. -> the number that this process had"""
-    rank, ranks = processes()
-    if ranks > 1:
+    rank, _ = processes()
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     return rank
 

@@ -71,7 +71,7 @@ def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory
 
 def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.device) -> None:
     """Have layers computed again in the backward pass if wished, or if this GPU's memory asks for it. On other devices
-    "auto" is off. With adapters, the weights are there already, and what they add is little."""
+    "auto" is off. With adapters counted are the stored weights, activations and logits."""
     again = wish == "on"
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -79,7 +79,8 @@ def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.devic
             again = choose_recompute(model.config, recipe, wish, memory, danube3.processes()[1])
         elif wish == "auto":
             plan = memory_bytes(model.config, recipe)
-            weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+            weights = sum(p.nbytes for p in model.parameters()) // danube3.processes()[1]
+            weights += sum(codes.nbytes for codes in model.buffers())  # which processes do not share
             again = weights + plan["activations (estimate)"] + plan["logits"] > USABLE_MEMORY * memory
     for module in model.modules():
         if isinstance(module, danube3.DecoderLayer):

@@ -2,9 +2,9 @@
 
     python tests/campaign.py [kills corruption fuzz resources numbers endurance] [--quick] [--seed N] [--out FILE.md]
 
-Every trial runs one of our programs in a child, forked from this process, which has loaded torch once. It ends with the
-bytes that an undisturbed run leaves, or with one line of error, or it is counted as lost, and printed with what repeats
-it (the seed fixes all but the moments of the clock). At the end stands a table of all that was tried. The model has one
+Every trial runs one of our programs in a child, forked from this process, which has loaded torch once. Kills, full disks
+and damage that digests cover must leave the bytes of an undisturbed run or one line of error, the other trials must end
+cleanly; or they are counted as lost, and printed with what repeats them (the seed fixes all but the moments of the clock). At the end stands a table of all that was tried. The model has one
 layer and a width of 64: the code that reads and writes files is the same for all sizes. Linux only (fork, /proc).
 """
 
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field, replace
@@ -204,6 +205,7 @@ class World:
         self.folder, self.rng, self.number = folder, random.Random(0), 0
         folder.mkdir()
         tqdm.monitor_interval = 0  # no thread here: a fork would leave its locks as they are
+        tqdm.set_lock(threading.RLock())  # its own is shared with children, who take it with them when they are killed
         torch.set_num_threads(1)
         config = replace(danube3.CONFIGS["toy"], hidden_size=64, intermediate_size=96, num_hidden_layers=1,
                          head_dim=32, vocab_size=320, max_position_embeddings=128)

@@ -320,9 +320,9 @@ def test_multiple_choice_by_hand(saved):
     user = [{"role": "user", "content": "Where?"}]
     for question, words in (
         ({"messages": user, "choices": ["", "y"]}, "question 1 has a choice that adds nothing"),
-        ({"messages": 5, "choices": ["x"]}, '"messages" must be a list'),
-        ({"messages": ["x"], "choices": ["x"]}, '"messages" must be a list'),
-        ({"messages": [], "choices": ["x"]}, '"messages" must be a list'),
+        ({"messages": 5, "choices": ["x"]}, 'question 1: "messages" must be a list'),
+        ({"messages": ["x"], "choices": ["x"]}, 'question 1: "messages" must be a list'),
+        ({"messages": [], "choices": ["x"]}, 'question 1: "messages" must be a list'),
         ({"messages": [*user, {"role": "assistant", "content": "y"}], "choices": ["x"]}, "must end with the user"),
         ({"prompt": "x", "choices": ["x"], "answer": True}, 'lacks an "answer"'),
     ):

@@ -210,7 +210,9 @@ def test_adapters_ask_for_what_they_need(gigabytes, again, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with torch.device("meta"):
         model = danube3.use_scheme(danube3.Danube3(danube3.CONFIGS["4b"]), danube3.SCHEMES["int4"])
-    model.requires_grad_(False)
+        model.requires_grad_(False)
+        linear = model.model.layers[0].mlp.up_proj
+        model.model.layers[0].mlp.up_proj = danube3.LoRALinear(linear, 16)
     recipe = danube3.RECIPES["4b"]
     assert (recipe.sequence_length, recipe.micro_batch_size) == (8192, 1)
     planning.set_recompute(model, recipe, "auto", torch.device("cuda"))

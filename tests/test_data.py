@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import resource
 from collections import Counter
@@ -116,12 +117,15 @@ def test_more_shards_than_open_files(tmp_path):
     for i in range(200):
         np.arange(3 * i, 3 * i + 3, dtype="<u2").tofile(tmp_path / f"a-train-{i:05d}.bin")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limit[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limit[1]))
     try:
         source = danube3.TokenSource(tmp_path, "a", "train", counts, 10, 600)
         assert [source.window(i).tolist() for i in (0, 59)] == [[*range(10)], [*range(590, 600)]]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    source.files[1].write_bytes(b"\1\0")  # two tokens less than when it was opened
+    with pytest.raises(danube3.DanubeError, match="a-train-00001.bin has become shorter"):
+        source.window(0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 10, 16, 17, 99, 100, 101, 1000])

@@ -166,7 +166,7 @@ def test_costs_in_the_reproduction_table(name, gpu_days, days):
 
 
 def test_files_that_the_readme_names():
-    for name in re.findall(r"`((?:data|tests)/[a-z_]+\.(?:py|csv|png|txt))`", README):
+    for name in re.findall(r"`((?:data|tests|extras)/[a-z_]+\.(?:py|csv|png|txt))`", README):
         assert Path(ROOT, name).is_file(), name
 
 
