@@ -1,8 +1,9 @@
 """Classification beside its simplest baseline: `python tests/bench_classify.py data/toy/passages.jsonl [FOLDER ...]`.
 
-The baseline is a logistic regression on TF-IDF features, with n-grams (of words, and of pairs of them) and the strength
-of its regularization chosen by five-fold cross-validation; it learns from the file and is asked the texts of the -quiz file
-beside it. So is each FOLDER, a model that `train.py --chat` has taught on the file. Needs `pip install scikit-learn`.
+The baseline is a logistic regression on TF-IDF features, with n-grams (of words, and of pairs of them) and the
+strength of its regularization chosen by five-fold cross-validation; it learns from the file and is asked the texts of
+the -quiz file beside it. So is each FOLDER, a model that `train.py --chat` has taught on the file.
+Needs `pip install scikit-learn`.
 """
 import sys
 from pathlib import Path

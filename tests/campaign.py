@@ -2,10 +2,11 @@
 
     python tests/campaign.py [kills corruption fuzz resources numbers endurance] [--quick] [--seed N] [--out FILE.md]
 
-Every trial runs one of our programs in a child, forked from this process, which has loaded torch once. Kills, full disks
-and damage that digests cover must leave the bytes of an undisturbed run or one line of error, the other trials must end
-cleanly; or they are counted as lost, and printed with what repeats them (the seed fixes all but the moments of the clock). At the end stands a table of all that was tried. The model has one
-layer and a width of 64: the code that reads and writes files is the same for all sizes. Linux only (fork, /proc).
+Every trial runs one of our programs in a child, forked from this process, which has loaded torch once. Kills, full
+disks and damage that digests cover must leave the bytes of an undisturbed run or one line of error, the other trials
+must end cleanly; or they are counted as lost, and printed with what repeats them (the seed fixes all but the moments of
+the clock). At the end stands a table of all that was tried. The model has one layer and a width of 64: the code that
+reads and writes files is the same for all sizes. Linux only (fork, /proc).
 """
 
 import argparse

@@ -604,11 +604,11 @@ def break_mean(danube3, *predicted):
     """Break it: a mean of means.
 
     In train_step divide each micro-batch by its own labels and by the number of micro-batches:
-    part = model(ids, targets) / (targets[:, 1:] != IGNORE).sum().clamp(min=1) / len(batches)
+    part = model(ids, own_labels) / (own_labels[:, 1:] != IGNORE).sum().clamp(min=1) / len(batches)
     Which tests fail? In pre-training every token is a label: what changes there?
     """
     compare(danube3, predicted,
-            "part = model(ids, targets) / (targets[:, 1:] != IGNORE).sum().clamp(min=1) / len(batches)")
+            "part = model(ids, own_labels) / (own_labels[:, 1:] != IGNORE).sum().clamp(min=1) / len(batches)")
 
 
 # -------------------------------------------------------------------------------------------------- 10 Chat fine-tuning

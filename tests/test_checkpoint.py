@@ -263,7 +263,7 @@ def test_sample_says_when_the_context_is_full(saved):
         "context of 64 tokens is full" in result.stderr,
     ) == (64, True)
     long = one_line_error(call("sample.py", folder, "geese " * 200))
-    assert "does not fit a context" in long
+    assert "does not fit: use 1 to 64" in long
 
 
 @pytest.mark.parametrize(
