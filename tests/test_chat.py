@@ -517,10 +517,11 @@ def test_conversations_that_cannot_be_read(content, words, long_base, tmp_path):
         (["--chat", "nowhere.jsonl", "--init", "{base}"], "nowhere.jsonl does not exist"),
         (["--chat", "{chat}", "--init", "nowhere"], "nowhere does not exist"),
         (["--init", "{base}", "--data", "{toy}"], "is no toy with the tokenizer of"),
+        (["--chat", "{chat}", "--init", "{base}", "--lora", "2", "--merge", "{out}"], "is where the run itself is"),
     ],
 )
 def test_flags_that_make_no_sense(flags, words, long_base, chat_file, toy_data, tmp_path):
-    names = {"chat": chat_file, "base": long_base, "toy": toy_data}
+    names = {"chat": chat_file, "base": long_base, "toy": toy_data, "out": tmp_path / "out"}
     flags = [flag.format(**names) for flag in flags]
     assert re.search(words, one_line_error(call("train.py", "--out", tmp_path / "out", *flags)))
     assert not (tmp_path / "out").exists()

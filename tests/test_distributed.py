@@ -79,6 +79,25 @@ def alone(toy_data, tmp_path_factory):
     return out
 
 
+def test_bf16_and_blocks_of_logits(toy_data, tmp_path):
+    """As on GPUs: weights gathered in bf16, gradients summed in fp32, and logits in blocks; but for the rounding of
+    bf16 the losses are those of one process."""
+    program = tmp_path / "as_on_gpus.py"
+    program.write_text(
+        f"import runpy, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import danube3\n"
+        "danube3.compute_dtype, danube3.LOGIT_TOKENS = lambda device: torch.bfloat16, 100\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        flags = ("--data", toy_data, "--tokens", "8k", "--micro-batch-size", 2, "--out", out)
+        output = finish(start(processes, *flags, program=program))
+        assert f"{processes} x cpu in bfloat16" in output, output
+        losses.append([e["loss"] for e in steps_of(out)])
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[1] != losses[0]
+
+
 @pytest.mark.parametrize("processes, micro_batch_size, recompute", [(2, 2, "off"), (4, 1, "on")])
 def test_processes_make_the_same_run(processes, micro_batch_size, recompute, alone, toy_data, tmp_path):
     """With accumulation and clipping, layers kept or computed again; and the checkpoint is an ordinary one."""

@@ -311,6 +311,8 @@ def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
         (["--data", "nowhere"], "no data at nowhere"),
         (["--config", "500m", "--tokens", "10G"], "no token count"),
         (["--frobnicate"], "--frobnicate"),
+        (["--sequence-length", "512", "--micro-batch-size", "1"], "--sequence-length 512: the context of toy is 256"),
+        (["--tokens-per-step", "1000"], "x 128 = 1,024: use --tokens-per-step 1024"),
     ],
 )
 def test_bad_flags_get_one_line(flags, words, tmp_path, toy_data):
