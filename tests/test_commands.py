@@ -23,6 +23,7 @@ README = (ROOT / "README.md").read_text()
 NAMES = {
     "FOLDER": "out/model",
     "FILE": "out/model.gguf",
+    "SHARDS": "data/mine",
     "conversations.jsonl": "data/toy/chat.jsonl",
     "MERGED": "out/merged",
     "[": "",
