@@ -444,6 +444,11 @@ def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torc
     return angle.cos(), angle.sin()
 
 
+# On CPUs the math library chooses its kernels in the first call. If two threads make that call together, one may take
+# a coarse kernel, and this once a cosine is off by 1e-4 (pytorch issue 188792): so one thread makes it, now.
+torch.zeros(1).cos()
+
+
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair of features by its position's angle. x [B, n, T, h], cos and sin [T, h/2] -> [B, n, T, h]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import runpy
@@ -84,6 +85,11 @@ def call(program, *arguments, folder=ROOT):
             except SystemExit as exit:
                 code = exit.code or 0
     return subprocess.CompletedProcess([program, *arguments], code, out.getvalue(), err.getvalue())
+
+
+def digest(path):
+    """What files are compared by: pytest needs an hour to show where 4 MB of bytes differ."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def one_line_error(result):

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import SENTENCES, TINY, NoData, call, one_line_error, random_model, transformers_model
+from conftest import SENTENCES, TINY, NoData, call, digest, one_line_error, random_model, transformers_model
 
 import danube3
 
@@ -170,10 +170,10 @@ def test_a_second_run_is_refused(tmp_path, tokenizer):
     first.step = 1
     first.save()
     first.write(step=1, loss=2.0)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(danube3.DanubeError, match="is in use by another program"):
         danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()}
     first.log.close()
     danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True)
 

@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SENTENCES, TINY, one_line_error, run
+from conftest import ROOT, SENTENCES, TINY, digest, one_line_error, run
 
 import danube3
 from data import prepare
@@ -79,7 +79,7 @@ def prepared(out, tokenizer, *arguments, **options):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: digest(path) for path in sorted(folder.iterdir())}
 
 
 def shard_documents(folder, source, split):
@@ -273,7 +273,7 @@ def test_training_a_tokenizer(tmp_path, corpus, monkeypatch):
 def test_mistral_tokenizer(tmp_path, corpus):
     mistral = prepare.find_tokenizer("mistral").model_file
     result = start("--out", tmp_path / "out", "--tokenizer", "mistral", "--workers", 1, f"web={corpus[0]}")
-    assert result.returncode == 0 and (tmp_path / "out" / "tokenizer.model").read_bytes() == mistral.read_bytes()
+    assert result.returncode == 0 and digest(tmp_path / "out" / "tokenizer.model") == digest(mistral)
 
 
 # ------------------------------------------------------------------------------------------------------------ going on

@@ -1,6 +1,5 @@
 """The toy world: the same bytes each time, honest sources, and held-out facts that are never asked."""
 
-import hashlib
 import itertools
 import json
 import random
@@ -9,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import call, one_line_error, run
+from conftest import call, digest, one_line_error, run
 
 import danube3
 from data import toy
@@ -38,7 +37,7 @@ def test_contract(toy_data):
     assert tuple(meta["sources"]) == toy.SOURCES == danube3.SOURCES
     tokenizer = danube3.Tokenizer(toy_data / "tokenizer.model")
     assert meta["vocab_size"] == tokenizer.vocab_size == danube3.CONFIGS["toy"].vocab_size
-    assert meta["tokenizer_sha256"] == hashlib.sha256((toy_data / "tokenizer.model").read_bytes()).hexdigest()
+    assert meta["tokenizer_sha256"] == digest(toy_data / "tokenizer.model")
     for source in toy.SOURCES:
         for split in ("train", "val"):
             ids = np.fromfile(toy_data / f"{source}-{split}-00000.bin", dtype="<u2")
