@@ -110,14 +110,12 @@ class DanubeConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, integer = getattr(self, field.name), field.type is int
-            if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
-                kind = "an integer" if integer else "a number"
-                raise DanubeError(f"config: {field.name} is {value!r}: give it {kind}")
+            smallest = 0 if field.name.endswith("_token_id") else 1 if integer else 1e-30
             # generous, but no damaged file shall ask for impossible memory
             limit = 2 ** 62 if not integer else 2 ** 10 if field.name == "num_hidden_layers" else 2 ** 24
-            smallest = 0 if field.name.endswith("_token_id") else 1 if integer else 1e-30
-            if not smallest <= value < limit:
-                raise DanubeError(f"config: {field.name} is {value}: it must be at least {smallest}, and under {limit}")
+            if type(value) not in ((int,) if integer else (int, float)) or not smallest <= value < limit:
+                kind = "an integer" if integer else "a number"
+                raise DanubeError(f"config: {field.name} is {value!r}: give it {kind} from {smallest} to under {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DanubeError(f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
                               "key/value heads evenly: make num_attention_heads a multiple of num_key_value_heads")
@@ -323,8 +321,7 @@ class StreamDecoder:
     A token has no text of its own: sentencepiece drops the space in front of the first piece (" world" alone decodes to
     "world"), and a character such as an emoji may be spread over four byte tokens. So each new token is decoded
     together with the tokens before it, and what is new in the result is given out, unless it ends in half a character.
-    Only the last piece of text and what follows are decoded, so a long answer costs no more per token than a
-    short one.
+    Only the last piece of text and what follows are decoded: a long answer costs no more per token than a short one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
@@ -340,12 +337,8 @@ class StreamDecoder:
         self.start, self.end = self.end, len(self.ids)
         return text
 
-    def finish(self) -> str:
-        """What was held back and will never be completed."""
-        return self.rest()
-
     def rest(self) -> str:
-        """The text of ids[end:], where it stands behind ids[start:end]."""
+        """The text of ids[end:], where it stands behind ids[start:end]: at the end, what will never be completed."""
         before = self.tokenizer.decode(self.ids[self.start:self.end])
         return self.tokenizer.decode(self.ids[self.start:])[len(before):]
 
@@ -666,13 +659,13 @@ class Danube3(nn.Module):
                 nn.init.ones_(parameter)
         return self
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, kv_cache: KVCache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """input_ids [B, T] -> logits [B, T, V] in fp32, or with labels [B, T] the sum of the losses [].
 
         `labels` line up with `input_ids`, as in transformers: labels[t] is what should stand at t, and since position t
         predicts the token after it, the labels are shifted here. labels[:, 0] is never predicted.
         """
-        x = self.model(input_ids, kv_cache)  # [B, T, D]
+        x = self.model(input_ids)  # [B, T, D]
         if labels is None:
             return self.lm_head(x).float()  # [B, T, V]
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, T], the last position predicts nothing
@@ -714,14 +707,13 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     if top_k == 0 and top_p >= 1.0:  # nothing to sort for
         return probabilities
     probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(probabilities, dtype=torch.bool)
     if top_k:
-        keep[:, top_k:] = False
-    probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
+        probabilities[:, top_k:] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
     if top_p < 1.0:
-        keep = probabilities.cumsum(-1) - probabilities < top_p  # what comes before it does not yet reach p
-        keep[:, 0] = True  # also where p is less than fp32 can hold
-        probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[:, 1:] *= before[:, 1:] < top_p  # the first stays, also where p is less than fp32 can hold
+        probabilities /= probabilities.sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # back into the order of the vocabulary
 
 
@@ -739,10 +731,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     if not 1 <= T <= context:
         raise DanubeError(f"a prompt of {T} tokens does not fit: use 1 to {context}")
     generator = torch.Generator(device=input_ids.device)
-    if seed is None:
-        generator.seed()  # a random one
-    else:
-        generator.manual_seed(seed)
+    generator.seed() if seed is None else generator.manual_seed(seed)  # seed() takes a random one
     end = min(T + max_new_tokens, context)
     kv_cache = kv_cache or KVCache(model.config, B, end, model.dtype, input_ids.device)
     if kv_cache.length >= T:
@@ -818,7 +807,7 @@ class Conversation:
                 new += next_ids.tolist()  # of one row
                 pieces.append(decoder.feed(new[-1]))
                 yield pieces[-1]
-            pieces.append(decoder.finish())
+            pieces.append(decoder.rest())
             yield pieces[-1]
         finally:
             self.ended = new[-1:] == [eos]
@@ -947,25 +936,20 @@ def read_config(folder: Path) -> DanubeConfig:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != "llama":
         raise DanubeError(f"{folder}: model_type is {raw.get('model_type')!r}: only Llama folders can be read")
-    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
-                "partial_rotary_factor": 1.0}
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # newer and older transformers
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    unsupported = [f"{name} = {raw[name]!r}" for name, value in expected.items() if raw.get(name, value) != value]
-    if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        unsupported.append(f"rotary scaling {rope_type!r}")
-    if unsupported:
+    raw["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    expected = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False,
+                "partial_rotary_factor": 1.0, "rope_type": "default"}
+    if unsupported := [f"{name} = {raw[name]!r}" for name, value in expected.items() if raw.get(name, value) != value]:
         raise DanubeError(f"{folder / 'config.json'}: {', '.join(unsupported)} is not part of Danube3")
-    values = {field.name: raw[field.name] for field in fields(DanubeConfig) if raw.get(field.name) is not None}
-    values.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))  # the default that transformers takes
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
-    values.setdefault("initializer_range", 0.02)
-    # older folders lack head_dim: transformers' default
-    D, H = values.get("hidden_size"), values.get("num_attention_heads")
-    values.setdefault("head_dim", D // H if isinstance(D, int) and isinstance(H, int) and H else 0)
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size", "max_position_embeddings", "rms_norm_eps")
-    if missing := [name for name in required if values.get(name) is None]:
+    names = [field.name for field in fields(DanubeConfig)]
+    D, H = raw.get("hidden_size"), raw.get("num_attention_heads")
+    values = {  # the defaults of transformers, which older folders leave out, and what the file has
+        "rope_theta": rope.get("rope_theta", 10_000.0), "num_key_value_heads": H, "initializer_range": 0.02,
+        "head_dim": D // H if isinstance(D, int) and isinstance(H, int) and H else 0,
+        **{name: raw[name] for name in names if raw.get(name) is not None}}
+    if missing := [name for name in names if values.get(name) is None and not name.endswith("_token_id")]:
         raise DanubeError(f"{folder / 'config.json'} lacks {', '.join(missing)}: copy the published one")
     return DanubeConfig(**values)
 
@@ -1091,41 +1075,21 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
 
 def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder one by one, if their names, shapes and types are those of `model`."""
-    expected = dict(model.state_dict())
-    missing = set(expected)
+    missing = dict(model.state_dict())
     for name, weight in read_weights(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
             continue
-        if name not in expected or expected[name].shape != weight.shape:
-            shape = tuple(expected[name].shape) if name in expected else None
-            raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, {shape}: copy "
-                              "both files again")
-        types = list(DTYPES.values()) if name.endswith(".weight") else [expected[name].dtype]
+        own = missing.pop(name, None)
+        if own is None or own.shape != weight.shape:
+            raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, "
+                              f"{None if own is None else tuple(own.shape)}: copy both files again")
+        types = list(DTYPES.values()) if name.endswith(".weight") else [own.dtype]
         if weight.dtype not in types:
             raise DanubeError(f"{folder}: {name} is stored as {weight.dtype}: only "
                               f"{', '.join(map(str, types))} can be read")
-        missing.discard(name)
         yield name, weight
     if missing:
         raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
-
-
-def load_weights(model: nn.Module, folder: Path, device: str | torch.device, dtype: torch.dtype | None,
-                 filled: Callable[[nn.Module], None] = lambda module: None) -> None:
-    """Fill a model that is on torch's "meta" device (shapes without memory), tensor by tensor, so that memory holds
-    the weights only once. Matrices and norms become `dtype`, by default that of the first one read; codes and scales
-    (section 12) stay as they are stored. `filled` is called with each module that has got the last of its tensors.
-    """
-    for name, weight in checked_weights(folder, model):
-        owner, _, own_name = name.rpartition(".")
-        if own_name == "weight":
-            dtype = dtype or weight.dtype
-        # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
-        weight = weight.to(device, dtype if own_name == "weight" else None, copy=True)
-        module = model.get_submodule(owner)
-        module.load_state_dict({own_name: weight}, strict=False, assign=True)
-        if not any(tensor.is_meta for tensor in module.state_dict().values()):
-            filled(module)
 
 
 # ======================================================================================================================
@@ -1167,13 +1131,13 @@ class TokenSource:
 
     def __init__(self, folder: Path, name: str, split: str, counts: list[int], sequence_length: int,
                  vocab_size: int) -> None:
-        self.name, self.sequence_length, self.vocab_size = name, sequence_length, vocab_size
+        self.sequence_length, self.vocab_size = sequence_length, vocab_size
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # of each shard, and the end
         self.files = [folder / f"{name}-{split}-{i:05d}.bin" for i in range(len(counts))]
         for path, count in zip(self.files, counts):
             if not path.is_file():
                 raise DanubeError(f"{path} is missing: make the data again")
-            if path.stat().st_size != 2 * count or not count:
+            if path.stat().st_size != 2 * count:
                 raise DanubeError(f"{path} has {path.stat().st_size:,} bytes where meta.json counts {count:,} tokens "
                                   "of 2 bytes: it was cut short or changed; make the data again")
         self.windows = int(self.starts[-1]) // sequence_length
@@ -1183,20 +1147,18 @@ class TokenSource:
 
     def window(self, index: int) -> np.ndarray:
         """Window `index` -> ids [T], int64."""
-        start, parts, missing = index * self.sequence_length, [], self.sequence_length
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
-        offset = start - int(self.starts[shard])
-        while missing:
-            count = min(missing, int(self.starts[shard + 1]) - int(self.starts[shard]) - offset)
+        start, end, parts = index * self.sequence_length, (index + 1) * self.sequence_length, []
+        first, last = np.searchsorted(self.starts, [start, end - 1], side="right") - 1  # shards of first and last id
+        for shard in range(first, last + 1):
+            begin = max(start, self.starts[shard])
+            count = min(end, self.starts[shard + 1]) - begin
             # opened for each read: a run of 4e12 tokens has more shards than a process may hold open
-            part = np.fromfile(self.files[shard], "<u2", count, offset=2 * offset)
-            if len(part) < count:
+            parts.append(np.fromfile(self.files[shard], "<u2", count, offset=2 * (begin - self.starts[shard])))
+            if len(parts[-1]) < count:
                 raise DanubeError(f"{self.files[shard]} has become shorter, or cannot be read: make the data again")
-            parts.append(part)
-            shard, offset, missing = shard + 1, 0, missing - len(part)
         ids = np.concatenate(parts).astype(np.int64)
         if ids.max() >= self.vocab_size:
-            raise DanubeError(f"{self.files[shard - 1]} holds token id {ids.max()}, outside the vocabulary of "
+            raise DanubeError(f"{self.files[last]} holds token id {ids.max()}, outside the vocabulary of "
                               f"{self.vocab_size}: it was made with another tokenizer; make the data again")
         return ids
 
@@ -1223,10 +1185,6 @@ class TokenData:
         if self.tokenizer.vocab_size > config.vocab_size:
             raise DanubeError(f"the tokenizer in {self.folder} has {self.tokenizer.vocab_size} pieces, the "
                               f"configuration only {config.vocab_size}: use the tokenizer of this configuration")
-
-    @cached_property
-    def sha256(self) -> str:
-        return file_sha256(self.folder / "meta.json")
 
     def open(self, name: str, split: str) -> TokenSource:
         """The windows of one source; `split` is "train" or "val"."""
@@ -1309,16 +1267,14 @@ class StagedData:
         for start, end, stage in zip([0, *recipe.stage_ends], recipe.stage_ends, recipe.stages):
             rows = (end - start) * recipe.rows_per_step
             factor = math.gcd(*stage.mixture.values())  # 906, 18, .. is 453, 9, ..: a shorter pattern
-            weights = {name: weight // factor for name, weight in stage.mixture.items() if weight}
+            weights = {name: weight // factor for name, weight in stage.mixture.items()}
             pattern = mixture_pattern(weights, min(rows, sum(weights.values())))
             # counts[name][t]: rows of this source among the first t of the pattern
             counts = {name: np.cumsum([0] + [p == name for p in pattern]) for name in weights}
             self.patterns.append(pattern)
             self.counts.append(counts)
-            used = dict(self.used[-1])
-            for name, count in counts.items():
-                used[name] += self.rows_before(count, rows)
-            self.used.append(used)
+            self.used.append({name: used + self.rows_before(counts[name], rows)
+                              for name, used in self.used[-1].items()})
         self.repeats = {name: self.used[-1][name] / source.windows for name, source in self.sources.items()}
         for name, times in self.repeats.items():
             if times > MAX_REPEATS:
@@ -1357,7 +1313,7 @@ class StagedData:
     @property
     def identity(self) -> dict[str, str]:
         """What must not change when a run is resumed."""
-        return {"meta.json": self.data.sha256}
+        return {"meta.json": file_sha256(self.data.folder / "meta.json")}
 
 
 # ======================================================================================================================
@@ -1379,16 +1335,12 @@ def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
     gains = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.adam_eps,
-                             fused=True)  # one pass over memory for all parameters instead of ten for each
-
-
-def make_moments(optimizer: torch.optim.AdamW) -> None:
-    """Make what AdamW would make in its first step: a checkpoint of step 0 has it too."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                                  "exp_avg_sq": torch.zeros_like(p)}
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2),
+                                  eps=recipe.adam_eps, fused=True)  # one pass over memory, not ten for each parameter
+    for p in [*matrices, *gains]:  # what AdamW would make in its first step: a checkpoint of step 0 has it too
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -1608,7 +1560,6 @@ class Run:
                  resume: bool, base: Path | None = None, write_model: Callable = save_checkpoint) -> None:
         self.out, self.model, self.tokenizer, self.data, self.write_model = out, model, tokenizer, data, write_model
         self.optimizer, self.device = make_optimizer(model, data.recipe), model.device
-        make_moments(self.optimizer)
         may_change = ("save_every", "micro_batch_size")  # when a run goes on
         recipe = {name: value for name, value in asdict(data.recipe).items() if name not in may_change}
         self.identity = {"configuration": asdict(model.config), "recipe": recipe, "data": data.identity,
@@ -2686,16 +2637,20 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         model, tokenizer = load_checkpoint(base, device, dtype, pack)
         return load_adapter(model, folder).eval(), tokenizer
     config, scheme = read_config(folder), read_scheme(folder)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory: filled tensor by tensor, it holds the weights only once
         model = use_scheme(Danube3(config), scheme or {})
     if scheme:
         dtype = dtype or compute_dtype(torch.device(device))  # not its norms' own, which is fp32
-
-    def filled(module: nn.Module) -> None:
-        if pack and isinstance(module, QuantizedLinear):
-            module.pack()
-
-    load_weights(model, folder, device, dtype, filled)
+    for name, weight in checked_weights(folder, model):
+        owner, _, own_name = name.rpartition(".")
+        if own_name == "weight":  # of matrices and norms; codes and scales stay as they are stored
+            dtype = dtype or weight.dtype
+        # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
+        weight = weight.to(device, dtype if own_name == "weight" else None, copy=True)
+        module = model.get_submodule(owner)
+        module.load_state_dict({own_name: weight}, strict=False, assign=True)
+        if pack and isinstance(module, QuantizedLinear) and not any(buffer.is_meta for buffer in module.buffers()):
+            module.pack()  # once it has codes and scales
     return model.eval(), read_tokenizer(folder, config)
 
 

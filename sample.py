@@ -108,7 +108,7 @@ def main() -> None:
         count, ended = count + 1, token == model.config.eos_token_id
         if not ended:
             print(decoder.feed(token), end="", flush=True)
-    print(decoder.finish())
+    print(decoder.rest())
     if not ended and count == model.config.max_position_embeddings:
         print(f"(stopped: the context of {count} tokens is full)", file=sys.stderr)
 

@@ -23,7 +23,7 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     Attention MLP DecoderLayer Decoder Danube3 next_token_probabilities generate_tokens generate TokenSource.window
     mixture_pattern shuffled StagedData Recipe.stage_ends Recipe.stage_at Recipe.rows_per_step make_optimizer
     learning_rate train_step first_difference render_chat continuation_log_likelihood encoded_choice choice_scores
-    multiple_choice classification make_moments chat_recipe windows_of used_lengths micro_batches mean_loss pad_rows
+    multiple_choice classification chat_recipe windows_of used_lengths micro_batches mean_loss pad_rows
     ChatData LoRALinear add_lora merge_lora
     quantize_int8 quantize_int4 pack_int4 unpack_int4 dequantize DequantizedMatmul QuantizedLinear
     QuantizedEmbedding search_scales gptq gptq_model gguf_blocks rows_for_gguf""".split()

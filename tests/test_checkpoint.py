@@ -96,7 +96,7 @@ def test_older_and_newer_rope_fields(saved):
         ({"attention_bias": True}, "attention_bias = True is not part"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rotary scaling"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type = 'llama3'"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"hidden_size": "large"}, "hidden_size is 'large'"),
         ({"hidden_size": 48}, "is not what config.json makes it"),

@@ -156,7 +156,7 @@ def test_streaming_loses_nothing(which, tokenizer, mistral):
             stream = danube3.StreamDecoder(tokenizer, ids[:cut])
             pieces = [stream.feed(i) for i in ids[cut:]]
             assert not any("\ufffd" in piece for piece in pieces)
-            assert tokenizer.decode(ids[:cut]) + "".join(pieces) + stream.finish() == tokenizer.decode(ids) == text
+            assert tokenizer.decode(ids[:cut]) + "".join(pieces) + stream.rest() == tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("first", [3, 0])
@@ -168,13 +168,13 @@ def test_streaming_random_ids(tokenizer, first):
     for _ in range(50):
         ids = [draw.randrange(first, tokenizer.vocab_size + 10) for _ in range(20)]
         stream = danube3.StreamDecoder(tokenizer, prompt)
-        assert "Ada" + "".join(map(stream.feed, ids)) + stream.finish() == tokenizer.decode(prompt + ids)
+        assert "Ada" + "".join(map(stream.feed, ids)) + stream.rest() == tokenizer.decode(prompt + ids)
 
 
 def test_held_back_bytes_are_given_out_at_the_end(tokenizer):
     ids = tokenizer.encode("\U0001f422")[:-1]  # a turtle, which is not in the vocabulary: bytes
     stream = danube3.StreamDecoder(tokenizer, tokenizer.encode_prompt("Ada"))
-    assert "".join(map(stream.feed, ids)).strip() == "" and "\ufffd" in stream.finish()
+    assert "".join(map(stream.feed, ids)).strip() == "" and "\ufffd" in stream.rest()
 
 
 def test_settings_and_determinism(tokenizer, tmp_path):
