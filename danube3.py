@@ -50,12 +50,13 @@ import shutil
 import signal
 import sys
 import time
+import timeit
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -590,11 +591,6 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm, self.mlp = RMSNorm(config), MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
-        if self.recompute and torch.is_grad_enabled():
-            return compute_again(self.with_corrections, x, cos, sin, kv_cache, use_reentrant=False)
-        return self.with_corrections(x, cos, sin, kv_cache)
-
-    def with_corrections(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -615,7 +611,10 @@ class Decoder(nn.Module):
         cos, sin = rotary_table(start, end, self.config.head_dim, self.config.rope_theta, input_ids.device)
         x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]; with adapters norms are fp32
         for layer in self.layers:
-            x = layer(x, cos, sin, kv_cache)
+            if layer.recompute and torch.is_grad_enabled():
+                x = compute_again(layer, x, cos, sin, kv_cache, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.length = end  # only now: all layers have written to start .. end
         return self.norm(x)
@@ -1396,9 +1395,9 @@ def processes() -> tuple[int, int]:
 
 
 def say(text: str) -> None:
-    """Print, in the first process only."""
+    """Print, in the first process only, and above the bar of a run."""
     if processes()[0] == 0:
-        print(text)
+        tqdm.write(text)
 
 
 def wait_for_all() -> None:
@@ -1412,13 +1411,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def in_any_process(condition: bool, device: torch.device) -> bool:
-    """Whether a condition holds in at least one process. All must ask."""
-    if processes()[1] == 1:
-        return condition
-    count = torch.tensor(int(condition), device=device)
-    dist.all_reduce(count)
-    return count.item() > 0
+def summed(tensor: Tensor) -> Tensor:
+    """The sum of what all processes bring, in each of them. All must call this."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def shared_recipe(recipe: Recipe, ranks: int) -> Recipe:
@@ -1437,14 +1434,11 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3)
 
     A weight of a matrix costs one multiplication and one addition a token; the input embedding is looked up, not
     multiplied. For every pair of a query and a key the score costs 2 h operations, and so does the weighted sum; a
-    causal row has (T + 1) / 2 keys to a query on average, and only pairs that exist are counted:
-
-        passes * (2 * weights + layers * H * (2 h + 2 h) * (T + 1) / 2)
-    """
+    causal row has (T + 1) / 2 keys to a query on average, and only pairs that exist are counted."""
     c = config
     norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
     weights = count_parameters(c) - c.vocab_size * c.hidden_size - norms
-    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * 2 * (sequence_length + 1)
+    attention = c.num_hidden_layers * c.num_attention_heads * (2 + 2) * c.head_dim * (sequence_length + 1) // 2
     return passes * (2 * weights + attention)
 
 
@@ -1473,11 +1467,7 @@ def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 
     sheet's peak."""
     size = size if device.type == "cpu" else 4 * size
     a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
-    best = math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - start)
+    best = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=repeats))  # .item() waits for the device
     return 2 * size ** 3 / best
 
 
@@ -1493,8 +1483,7 @@ def micro_batches(input_ids: Tensor, labels: Tensor, size: int,
     """Cut rows [N, T] into pieces of at most `size` rows, each no longer than it must be, on the model's device."""
     for ids, own_labels in zip(input_ids.split(size), labels.split(size)):
         length = max(1, int(used_lengths(own_labels).amax()))
-        at_once = device.type == "cuda"  # elsewhere a copy that is not waited for may read memory that has been freed
-        yield ids[:, :length].to(device, non_blocking=at_once), own_labels[:, :length].to(device, non_blocking=at_once)
+        yield ids[:, :length].to(device), own_labels[:, :length].to(device)
 
 
 def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor, recipe: Recipe,
@@ -1521,8 +1510,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
             part = model(ids, own_labels) / labelled
         scaler.scale(part * ranks).backward()  # the exchange takes the mean over processes, and we want the sum
         loss += part.detach()
-    if ranks > 1:
-        dist.all_reduce(loss)
+    loss = summed(loss)
     scaler.unscale_(optimizer)
     grad_norm = whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip))
     for group in optimizer.param_groups:
@@ -1542,8 +1530,7 @@ def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_siz
     total = torch.zeros((), device=device)
     for ids, own_labels in micro_batches(input_ids[rank::ranks], labels[rank::ranks], micro_batch_size, device):
         total += model(ids, own_labels)
-    if ranks > 1:
-        dist.all_reduce(total)
+    total = summed(total) if ranks > 1 else total
     return total.item() / max(1, int((labels[:, 1:] != IGNORE).sum()))
 
 
@@ -1574,7 +1561,10 @@ class Run:
             raise DanubeError(f"nothing to resume: {out} holds no complete checkpoint; leave --resume out")
         if not resume and checkpoints_in(out):
             raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-        self.log = open(os.devnull, "w") if processes()[0] else self.open_log()  # only the first process writes
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = open(os.devnull if processes()[0] else out / "metrics.jsonl", "a")  # only the first process writes
+        if processes()[0] == 0:
+            lock(self.log.fileno(), out)  # as long as the log is open, it keeps other runs away
         if resume:
             self.restore()
         if processes()[0] == 0:
@@ -1633,25 +1623,16 @@ class Run:
                     raise DanubeError(f"{folder} was made with another {part} ({name}{change}): resume with the flags "
                                       "and the data of the first run, or choose another --out")
 
-    def open_log(self) -> TextIO:
-        """metrics.jsonl, which also keeps other runs away: as long as it is open, it is locked."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        log = open(self.out / "metrics.jsonl", "a")
-        lock(log.fileno(), self.out)
-        return log
-
     def forget_later_steps(self) -> None:
         """Cut off metrics.jsonl before what a resumed run will do again: lines after its step, and the evaluation at
         it. They stand in the order of the steps, so nothing behind the first of them is to be kept."""
         length = 0
-        for line in (self.out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
-            try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short ends it too
+            for line in (self.out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
                 entry = json.loads(line)
-                if not self.step or entry["step"] > self.step or entry["step"] == self.step and "val_loss" in entry:
+                if entry["step"] > self.step or entry["step"] == self.step and "val_loss" in entry:
                     break
-            except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-                break
-            length += len(line) + 1
+                length += len(line) + 1
         self.log.truncate(length)
 
     def remove_old_checkpoints(self) -> None:
@@ -1664,11 +1645,6 @@ class Run:
     def write(self, **entry: object) -> None:
         self.log.write(json.dumps(entry) + "\n")
         self.log.flush()
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The data's, in memory that a GPU can read by itself while it computes."""
-        input_ids, labels = self.data.batch(step)
-        return (input_ids.pin_memory(), labels.pin_memory()) if self.device.type == "cuda" else (input_ids, labels)
 
     def trained_weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -1724,15 +1700,15 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def log_validation(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> str:
-    """Log the loss of each source's validation rows. -> the same as a line to show"""
+def log_validation(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Log and print the loss of each source's validation rows."""
     recipe = run.data.recipe
     stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
     with autocast(run.device):
         losses = {name: mean_loss(run.model, *rows, recipe.micro_batch_size) for name, rows in validation.items()}
     run.write(step=run.step, stage=stage, tokens=run.tokens, val_loss=losses)
     parts = (f"{name} {loss:.3f} ({math.exp(min(loss, 99)):,.1f})" for name, loss in losses.items())
-    return f"step {run.step}, validation loss (perplexity): {', '.join(parts)}"
+    say(f"step {run.step}, validation loss (perplexity): {', '.join(parts)}")
 
 
 def train(run: Run) -> bool:
@@ -1750,39 +1726,36 @@ def train(run: Run) -> bool:
     bar = tqdm(total=recipe.total_steps, initial=run.step, unit="step", dynamic_ncols=True, smoothing=0.05,
                mininterval=0.2 if sys.stderr.isatty() else 10, disable=rank > 0)
     with run.log, bar, interruptible() as requests, ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(run.batch, run.step)
+        upcoming = reader.submit(run.data.batch, run.step)
         while True:
             if run.step % recipe.save_every == 0 or run.step in recipe.stage_ends:
                 if run.step:
                     run.save()
-                line = log_validation(run, validation)
-                if rank == 0:
-                    bar.write(line)
+                log_validation(run, validation)
             if run.step == recipe.total_steps:
                 return True
-            if in_any_process(bool(requests), run.device):
+            if summed(torch.tensor(len(requests), device=run.device)) > 0:  # in any process
                 run.save()
                 return False
             stage, start = recipe.stages[recipe.stage_at(run.step)].name, time.perf_counter()
             input_ids, labels = upcoming.result()
-            upcoming = reader.submit(run.batch, min(run.step + 1, recipe.total_steps - 1))  # the last: unused
+            upcoming = reader.submit(run.data.batch, min(run.step + 1, recipe.total_steps - 1))  # the last: unused
             tokens = int(used_lengths(labels).sum())
             loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
             rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
-            flops = flops_per_token(model.config, tokens // len(labels), passes=2 if frozen else 3)
+            mfu = rate * flops_per_token(model.config, tokens // len(labels), passes=2 if frozen else 3) / peak
             # fp16: a finite loss with a gradient that is not means too large a scale, which the scaler has halved
             failed = not finite and not (math.isfinite(loss) and run.scaler.get_scale() > 1)
             run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, run.skipped + 1 if failed else 0
             run.write(step=run.step, stage=stage, tokens=run.tokens, loss=loss if finite else None,
                       lr=learning_rate(run.step - 1, recipe), grad_norm=grad_norm if finite else None,
-                      tokens_per_second=round(rate), mfu=round(rate * flops / peak, 4))
+                      tokens_per_second=round(rate), mfu=round(mfu, 4))
             if run.skipped == MAX_SKIPPED_STEPS:
                 raise DanubeError(f"the loss was not finite in {run.skipped} steps in a row, up to step {run.step}; "
                                   f"the last checkpoint, if any, is kept in {run.out}: try a lower --learning-rate and "
                                   "another --out")
             bar.set_description(stage, refresh=False)
-            speed = f"{rate:,.0f} tokens/s, {rate * flops / peak:.0%} of peak"
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, {mfu:.0%} of peak", refresh=False)
             bar.update()
 
 
@@ -1882,11 +1855,9 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
 def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Rows [2, T_i] of input_ids and labels as 2 x [N, T], filled up on the right, where no earlier token looks. The
     label IGNORE marks padding, not the id 0: that is <unk>, and could stand in a text as well."""
-    input_ids = torch.zeros(len(rows), max(row.shape[1] for row in rows), dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORE)
-    for i, row in enumerate(rows):
-        input_ids[i, :row.shape[1]], labels[i, :row.shape[1]] = torch.from_numpy(row)
-    return input_ids, labels
+    input_ids, labels = ([torch.from_numpy(row[i]).long() for row in rows] for i in (0, 1))
+    return (nn.utils.rnn.pad_sequence(input_ids, batch_first=True),
+            nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE))
 
 
 def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch_size: int, lora: bool) -> Recipe:
@@ -1960,9 +1931,7 @@ class LoRALinear(nn.Module):
 def layer_linears(model: Danube3) -> dict[str, Any]:
     """The matrices of all layers, each an nn.Linear, LoRALinear or QuantizedLinear, by name: model.layers.0.mlp.up_proj
     and so on; not embedding and head."""
-    blocks = {f"model.layers.{i}.{part}": getattr(layer, part)
-              for i, layer in enumerate(model.model.layers) for part in ("self_attn", "mlp")}
-    return {f"{block}.{name}": linear for block, module in blocks.items() for name, linear in module.named_children()}
+    return {name: module for name, module in model.named_modules() if name.endswith("_proj")}
 
 
 def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
@@ -2021,12 +1990,10 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
     """Put the adapters of a folder beside the matrices they were made for."""
     config, linears = read_json(folder / "adapter_config.json"), layer_linears(model)
     rank, alpha = config.get("r", 0), config.get("lora_alpha", math.nan)
-    unsupported = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-                                    "alora_invocation_tokens")
-                   if config.get(name)]
-    plain_starts = (True, False, None, "gaussian", "eva", "orthogonal")
-    if config.get("init_lora_weights") not in plain_starts:  # pissa, olora, corda, loftq change the base too
-        unsupported.append("init_lora_weights")
+    names = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "alora_invocation_tokens")
+    unsupported = [name for name in names if config.get(name)]
+    if config.get("init_lora_weights") not in (True, False, None, "gaussian", "eva", "orthogonal"):
+        unsupported.append("init_lora_weights")  # pissa, olora, corda, loftq change the base too
     plain = type(rank) is int and 1 <= rank <= model.config.intermediate_size and type(alpha) in (int, float)
     if config.get("peft_type") != "LORA" or unsupported or not plain or not math.isfinite(alpha):
         reason = ", ".join(unsupported) or "its peft_type, r or lora_alpha"
@@ -2063,14 +2030,11 @@ def windows_of(ids: list[int], context: int, stride: int) -> tuple[Tensor, Tenso
     """A long text as rows of input_ids and labels, 2 x [N, context]: windows that move on by `stride`, in which every
     token but the first is a label once, after at least context - stride tokens, where there are so many before it. Of
     ten ids, with context 4 and stride 2, these are labels: 1 2 3, 4 5, 6 7, 8 9."""
-    rows, labelled = [], 1  # id 0 has nothing before it
-    for start in range(0, len(ids), stride):
+    rows = []
+    for start in range(0, max(1, len(ids) - context + stride), stride):      # up to the window that reaches the end
         window = np.array(ids[start:start + context])                        # [T]
-        new = np.arange(start, start + len(window)) >= labelled
+        new = np.arange(len(window)) >= (context - stride if start else 1)   # id 0 has nothing before it
         rows.append(np.stack([window, np.where(new, window, IGNORE)]))       # [2, T]
-        labelled = start + len(window)
-        if labelled == len(ids):
-            break
     return pad_rows(rows)
 
 
@@ -2259,11 +2223,6 @@ def evaluate(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> dict[str
     return text_perplexity(model, tokenizer, read_text(path))
 
 
-def as_table(results: dict[str, float]) -> str:
-    return "\n".join(f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.4f}"
-                     for name, value in results.items())
-
-
 # ======================================================================================================================
 # 12. Quantization
 #
@@ -2369,13 +2328,10 @@ class QuantizedLinear(nn.Module):
     def __init__(self, out_features: int, in_features: int, bits: int) -> None:
         super().__init__()
         self.out_features, self.in_features, self.bits = out_features, in_features, bits
-        if bits == 8:
-            codes, scales = torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features)
-        else:
-            codes = torch.empty(out_features, in_features // 2, dtype=torch.uint8)
-            scales = torch.empty(out_features, in_features // GROUP)
-        self.register_buffer("codes", codes)
-        self.register_buffer("scales", scales.half())
+        code_type = torch.int8 if bits == 8 else torch.uint8
+        scales_shape = (out_features,) if bits == 8 else (out_features, in_features // GROUP)
+        self.register_buffer("codes", torch.empty(out_features, in_features * bits // 8, dtype=code_type))
+        self.register_buffer("scales", torch.empty(scales_shape, dtype=torch.float16))
         self.packed: tuple[Tensor, ...] | None = None
 
     @property
@@ -2569,30 +2525,18 @@ def quantize_tensor(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dense(model: Danube3) -> Danube3:
-    """Put ordinary matrices in place of quantized ones."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLinear):
-            with torch.device("meta"):
-                plain = (nn.Embedding(module.out_features, module.in_features) if isinstance(module, QuantizedEmbedding)
-                         else nn.Linear(module.in_features, module.out_features, bias=False))
-            plain.weight = nn.Parameter(module.weight.to(model.dtype))
-            model.set_submodule(name, plain)
-    return model
+    """The same model with ordinary matrices in place of quantized ones."""
+    weights = {f"{name}.weight": weight.to(model.dtype) for name, module in model.named_modules()
+               if (weight := getattr(module, "weight", None)) is not None}
+    with torch.device("meta"):
+        plain = Danube3(model.config)
+    plain.load_state_dict(weights, assign=True)
+    return plain.train(model.training)
 
 
 # A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
 # the rows of q and k, in the order of a rotary embedding that pairs neighbours (2i, 2i+1) where ours pairs halves; and
 # that Q8_0 stores a scale for every 32 weights: here its row's scale, repeated.
-
-def gguf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
-    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
-                         ("model.layers", "blk"), ("self_attn.o_proj", "attn_output"), ("self_attn", "attn"),
-                         ("mlp", "ffn"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
-                         ("attn.", "attn_"), ("ffn.", "ffn_"), ("_proj", "")):
-        name = name.replace(ours, theirs)
-    return name
-
 
 def rows_for_gguf(name: str, tensor: Tensor, config: DanubeConfig) -> Tensor:
     """The rows of q_proj and k_proj as GGUF orders them: of each head 0, h/2, 1, h/2 + 1, ... Others as they are."""
@@ -2647,10 +2591,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
             dtype = dtype or weight.dtype
         # A copy, aligned in memory of its own: where a matrix lies can change the last bits of its products.
         weight = weight.to(device, dtype if own_name == "weight" else None, copy=True)
-        module = model.get_submodule(owner)
-        module.load_state_dict({own_name: weight}, strict=False, assign=True)
-        if pack and isinstance(module, QuantizedLinear) and not any(buffer.is_meta for buffer in module.buffers()):
-            module.pack()  # once it has codes and scales
+        model.get_submodule(owner).load_state_dict({own_name: weight}, strict=False, assign=True)
+    for module in model.modules() if pack else ():
+        if isinstance(module, QuantizedLinear):
+            module.pack()
     return model.eval(), read_tokenizer(folder, config)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import danube3
-from extras import cli
+from extras import cli, report
 
 
 def arguments() -> argparse.Namespace:
@@ -91,7 +91,7 @@ def main() -> None:
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
     if args.eval:
         results = danube3.evaluate(model, tokenizer, args.eval)
-        print(danube3.as_table(results))
+        print(report.as_table(results))
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
         return

@@ -77,6 +77,16 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
     return report
 
 
+def gguf_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
+    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
+                         ("model.layers", "blk"), ("self_attn.o_proj", "attn_output"), ("self_attn", "attn"),
+                         ("mlp", "ffn"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
+                         ("attn.", "attn_"), ("ffn.", "ffn_"), ("_proj", "")):
+        name = name.replace(ours, theirs)
+    return name
+
+
 def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.ndarray, str]]:
     """The tensors of a checkpoint one by one, as a GGUF file holds them: name, values or blocks, type"""
     codes, scheme = {}, danube3.read_scheme(source)
@@ -93,11 +103,11 @@ def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.n
             codes[module] = tensor
         elif kind == "scales":
             blocks = danube3.gguf_blocks(codes.pop(module), tensor)
-            yield danube3.gguf_name(f"{module}.weight"), blocks, "Q8_0" if tensor.dim() == 1 else "Q4_0"
+            yield gguf_name(f"{module}.weight"), blocks, "Q8_0" if tensor.dim() == 1 else "Q4_0"
         elif tensor.dim() == 1:
-            yield danube3.gguf_name(name), tensor.float().numpy(), "F32"
+            yield gguf_name(name), tensor.float().numpy(), "F32"
         else:
-            yield danube3.gguf_name(name), tensor.numpy(), "F16"
+            yield gguf_name(name), tensor.numpy(), "F16"
 
 
 def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, scheme: dict[str, int] | None) -> None:

@@ -42,6 +42,12 @@ def plot_curves(out: Path, recipe: Recipe) -> Path | None:
     return out / "curves.png"
 
 
+def as_table(results: dict[str, float]) -> str:
+    """The scores of danube3.evaluate, a line each."""
+    return "\n".join(f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.4f}"
+                     for name, value in results.items())
+
+
 def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData, out: Path, quiz: Path) -> None:
     """What a run has come to: curves, a few words from a model that continues text, and the quiz where there is one."""
     if curves := plot_curves(out, data.recipe):
@@ -51,7 +57,7 @@ def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData
         ids = danube3.generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
         print(f"--- a sample\n{tokenizer.decode(ids)}")
     if quiz.is_file():
-        print(f"--- {quiz}\n{danube3.as_table(danube3.evaluate(model, tokenizer, quiz))}")
+        print(f"--- {quiz}\n{as_table(danube3.evaluate(model, tokenizer, quiz))}")
 
 
 def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, split: str, count: int) -> Tensor:
