@@ -591,6 +591,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm, self.mlp = RMSNorm(config), MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
+        if self.recompute and torch.is_grad_enabled():  # here, not in the loop: compiled with the layer, it is faster
+            return compute_again(self.with_corrections, x, cos, sin, kv_cache, use_reentrant=False)
+        return self.with_corrections(x, cos, sin, kv_cache)
+
+    def with_corrections(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -611,10 +616,7 @@ class Decoder(nn.Module):
         cos, sin = rotary_table(start, end, self.config.head_dim, self.config.rope_theta, input_ids.device)
         x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]; with adapters norms are fp32
         for layer in self.layers:
-            if layer.recompute and torch.is_grad_enabled():
-                x = compute_again(layer, x, cos, sin, kv_cache, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, kv_cache)
+            x = layer(x, cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.length = end  # only now: all layers have written to start .. end
         return self.norm(x)
