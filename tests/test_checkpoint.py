@@ -363,6 +363,13 @@ def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
+def test_windows_of_a_text():
+    """The docstring's example, with nine ids: no window more than is needed, and none less."""
+    input_ids, labels = danube3.windows_of(list(range(9)), 4, 2)
+    assert input_ids.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 0]]
+    assert labels.tolist() == [[-100, 1, 2, 3], [-100, -100, 4, 5], [-100, -100, 6, 7], [-100, -100, 8, -100]]
+
+
 @pytest.mark.parametrize("length", [2, 7, 64, 65, 150])
 def test_perplexity_by_hand(length, saved, monkeypatch):
     """Every token once, from the window that the definition gives it: the first that ends at or behind it."""
