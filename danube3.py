@@ -28,7 +28,8 @@ The letters in every shape comment:
        tokens together
 
 [] is a single number; N and n are any number of something; a quantized matrix is [N, K], K numbers in and N out, and
-this K is not that of the heads. (F is also the usual name of torch.nn.functional in code.)
+this K is not that of the heads. (F is also the usual name of torch.nn.functional in code; section 10 calls the two
+matrices of an adapter A and B.)
 
 A model in short: each token, an id, becomes a vector [D]. Together these vectors, the stream, run through all layers.
 In each, tokens first look at each other (attention, H times side by side: in H heads), then each is worked on by itself
@@ -83,7 +84,7 @@ class DanubeError(Exception):
 # 1. Configurations
 #
 # What a Danube3 is (DanubeConfig), what it is trained on (Stage) and how (Recipe): three frozen tables of numbers, from
-# which all that follows reads its sizes, so that no number is written twice and a wrong one is refused in one place.
+# which all that follows reads its sizes, so that no size is written twice and a wrong one is refused in one place.
 # The fields of DanubeConfig are those of the published config.json, and head_dim, which is D / H where that lacks it.
 # Look at head_dim: it is a number of its own. In all three models H x h happens to equal hidden_size, but nothing in
 # the architecture asks for that, and code that computes one from the other breaks on the next model.
@@ -149,13 +150,13 @@ class Recipe:
     tokens_per_step: int           # tokens of one optimizer step, over all micro-batches
     micro_batch_size: int          # B, rows that go through the model at once; a question of memory
     learning_rate: float           # the peak
-    final_fraction: float = 0.0  # the last step's, as a fraction of the peak
+    final_fraction: float = 0.0    # the last step's rate, as a fraction of the peak
     warmup_fraction: float = 0.01  # of all steps
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip: float = 1.0         # the longest gradient a step may follow; a longer one is shortened to it
+    grad_clip: float = 1.0         # the largest norm a gradient keeps; a longer one is shortened to it
     save_every: int = 1_000        # steps between checkpoints; the end of a stage always makes one
     seed: int = 0
 
@@ -339,13 +340,13 @@ class StreamDecoder:
         return text
 
     def rest(self) -> str:
-        """The text of ids[end:], where it stands behind ids[start:end]: at the end, what will never be completed."""
+        """The text of ids[end:] as it reads behind ids[start:end]. After the last token: what none will complete."""
         before = self.tokenizer.decode(self.ids[self.start:self.end])
         return self.tokenizer.decode(self.ids[self.start:])[len(before):]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> Tokenizer:
-    """Train a tokenizer with the Mistral tokenizer's settings, but for the longest sentence, and write it to
+    """Train a tokenizer with the Mistral tokenizer's settings, except that longer sentences may come, and write it to
     `model_file`. One thread and no path in the file: the same texts give the same bytes."""
     model = io.BytesIO()
     try:
@@ -364,7 +365,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> 
 IGNORE = -100  # a label that carries no loss: PyTorch's and transformers' convention
 
 # The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text that a user can type;
-# only the </s> in front of them, the control token, tells a real turn. A system message is refused. CHAT_TEMPLATE goes
+# what tells a real turn is the control token that ends the one before. A system message is refused. CHAT_TEMPLATE goes
 # into tokenizer_config.json, for other programs; this file uses render_chat.
 CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
 CHAT_TEMPLATE = (
@@ -419,8 +420,8 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension. x [.., D], weight (the gain) [D] -> [.., D]
 
-    Computed in fp32 whatever the type of x: a sum of D squares can overflow fp16 (which ends at 65,504), and bf16 (with
-    the range of fp32) has 8 bits of precision.
+    Computed in fp32 (numbers of 32 bits; fp16 and bf16 have 16) whatever the type of x: a sum of D squares can overflow
+    fp16 (which ends at 65,504), and bf16 (with the range of fp32) has 8 bits of precision.
     """
     x32 = x.float() if x.dtype != torch.float64 else x  # fp64 stays: derivatives are tested in it
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
@@ -430,17 +431,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle p * theta^(-2i/h), positions p = start .. end-1, pairs i. -> 2 x [T, h/2], fp32
 
-    Computed anew in each forward pass, which is cheap. Trap: as a buffer of the model it would be rounded by
-    model.bfloat16(), and a frequency of 0.8 that is off by 0.2 % is an angle off by two full turns at position 8,000.
+    Computed anew in each forward pass, which is cheap. Trap: were the frequencies a buffer of the model,
+    model.bfloat16() would round them: 0.787 (500m, i = 1) to 0.785, and at position 8,000 the angle is off by two full
+    turns.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)  # [h/2]
     angle = torch.arange(start, end, device=device, dtype=torch.float32)[:, None] * frequency              # [T, h/2]
     return angle.cos(), angle.sin()
 
 
-# On CPUs the math library chooses its kernels in the first call. If two threads make that call together, one may take
-# a coarse kernel, and this once a cosine is off by 1e-4 (pytorch issue 188792): so one thread makes it, now.
-torch.zeros(1).cos()
+# On CPUs the math library chooses its routine for a function in that function's first call. Of two threads that make
+# this call together one may get a coarse routine, and results that are off by 1e-4 (pytorch issue 188792): then a run
+# that is resumed is not the same to the bit. So one thread makes the first calls, now.
+torch.zeros(1).cos(), torch.zeros(1).sin()
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -484,8 +487,9 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
     share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
-    if not share:  # on a GPU, unless flash attention, which shares heads, is usual: for bf16 without a mask
+    if not share:  # on a GPU only flash attention shares heads, which PyTorch takes for bf16 without a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
+    # the whole formula in one call: products, / sqrt(h), mask, softmax, weighted sum
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
 
 
@@ -583,7 +587,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    recompute = False  # True: keep only the layer's input for the backward pass, and compute the layer again there
+    recompute = False  # True: only its input is kept, and the layer computed again backward (set by extras/planning.py)
 
     def __init__(self, config: DanubeConfig, layer: int) -> None:
         super().__init__()
@@ -591,7 +595,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm, self.mlp = RMSNorm(config), MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # -> [B, T, D]
-        if self.recompute and torch.is_grad_enabled():  # here, not in the loop: compiled with the layer, it is faster
+        if self.recompute and torch.is_grad_enabled():  # here, not in Decoder's loop: compiled with the layer
             return compute_again(self.with_corrections, x, cos, sin, kv_cache, use_reentrant=False)
         return self.with_corrections(x, cos, sin, kv_cache)
 
@@ -614,7 +618,7 @@ class Decoder(nn.Module):
         start = 0 if kv_cache is None else kv_cache.length  # the position of the first of these tokens
         end = start + input_ids.shape[1]
         cos, sin = rotary_table(start, end, self.config.head_dim, self.config.rope_theta, input_ids.device)
-        x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]; with adapters norms are fp32
+        x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]; add_lora makes norms fp32
         for layer in self.layers:
             x = layer(x, cos, sin, kv_cache)
         if kv_cache is not None:
@@ -740,7 +744,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for _ in range(end - T):
-        hidden = model.model(input_ids, kv_cache)  # [B, T, D] the first time, then [B, 1, D]
+        hidden = model.model(input_ids, kv_cache)  # [B, T, D], less what is cached; then [B, 1, D]
         logits = model.lm_head(hidden[:, -1]).float()  # [B, V], of the last position only
         if temperature == 0:
             next_ids = logits.argmax(-1)  # [B]
@@ -847,8 +851,8 @@ def sync(path: Path) -> None:
 
 
 def lock(handle: int, path: Path) -> None:
-    """Lock an open file or folder; refuse one that another program has locked. The lock lasts until this process, and
-    those that it has forked, have ended, however they end."""
+    """Lock an open file or folder; refuse one that another program has locked. The lock lasts until it is closed, here
+    and in processes forked since; they close it when they end, however they end."""
     for _ in range(40 if fcntl else 0):  # two seconds: the workers of a program that was killed take a moment to go
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1096,10 +1100,10 @@ def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tenso
 # ======================================================================================================================
 # 7. Data
 #
-# Text is stored as token shards: files of uint16 ids, documents one after another as <s> .. </s>, read in windows of
-# T. Which windows make up step 1,234,567? If the answer is the state of a loader, that state must be saved, or all the
-# batches before must be drawn again, and with another number of processes it is another answer. Here it is a pure
-# function of the step, without state: two small pieces of arithmetic, one that shares rows among sources
+# Text is stored as token shards: files of uint16 ids, documents one after another as <s> .. </s>, read in windows of T.
+# Which windows make up step 1,234,567? If that is the state of a loader that draws them one by one, it must be saved,
+# or all the batches before must be drawn again, and with another number of processes it is another answer. Here it is a
+# pure function of the step, without state: two small pieces of arithmetic, one that shares rows among sources
 # (mixture_pattern), and one that shuffles without storing the order (shuffled).
 # First reading: TokenSource, mixture_pattern, shuffled, StagedData.
 # ======================================================================================================================
@@ -1117,7 +1121,7 @@ def write_shards(folder: Path, source: str, split: str, documents: Iterable[list
         shard.clear()
 
     for ids in documents:
-        shard.extend((1, *ids, 2))  # <s> and </s>
+        shard.extend((1, *ids, 2))  # <s> and </s>, whose ids a tokenizer must have to be taken (section 2)
         if len(shard) >= shard_tokens:
             flush()
     if shard:
@@ -1228,7 +1232,8 @@ def shuffled(index: int, size: int, key: str) -> int:
         (high, low) -> (low, (high + hash(key, round, low)) mod base)
 
     Each round can be undone by subtracting, so no two of the base^2 numbers come to the same one. A result past size-1
-    goes through again, until it is inside: along the cycles of such an order no two starts end at the same place.
+    goes through again, until it is inside: that must come, for the repeated steps lead back to where they began; and no
+    two starts end at the same place, for each number is reached from one other only.
     """
     base = math.isqrt(size - 1) + 1
     while True:
@@ -1430,9 +1435,10 @@ def shared_recipe(recipe: Recipe, ranks: int) -> Recipe:
     return replace(recipe, micro_batch_size=max(n for n in range(1, recipe.micro_batch_size + 1) if rows % n == 0))
 
 
-def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3) -> int:
+def flops_per_token(config: DanubeConfig, sequence_length: int, frozen: bool = False) -> int:
     """Floating-point operations that training needs for one token: forward, and twice that backward, once for the
-    gradient of the inputs and once for that of the weights; with frozen weights the last of these 3 passes falls away.
+    gradient of the inputs and once for that of the weights, which falls away where they are `frozen`. (Attention has no
+    weights: its second half is for keys and values.)
 
     A weight of a matrix costs one multiplication and one addition a token; the input embedding is looked up, not
     multiplied. For every pair of a query and a key the score costs 2 h operations, and so does the weighted sum; a
@@ -1441,7 +1447,7 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, passes: int = 3)
     norms = (2 * c.num_hidden_layers + 1) * c.hidden_size
     weights = count_parameters(c) - c.vocab_size * c.hidden_size - norms
     attention = c.num_hidden_layers * c.num_attention_heads * (2 + 2) * c.head_dim * (sequence_length + 1) // 2
-    return passes * (2 * weights + attention)
+    return (2 if frozen else 3) * 2 * weights + 3 * attention
 
 
 def share_model(model: Danube3, device: torch.device) -> Danube3:
@@ -1680,8 +1686,8 @@ class Run:
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[int]]:
     """Turns the first Ctrl-C, or SIGTERM (as batch systems send it), into a request, an entry of the list that is
-    yielded; a second one stops at once. With several processes only Ctrl-C is one, and a second does nothing: torchrun
-    stops all when its --shutdown-timeout is over, and sends SIGTERM when a process has failed."""
+    yielded; a second one stops at once. With several processes only Ctrl-C is a request, and a second does nothing:
+    torchrun stops all when its --shutdown-timeout is over, and sends SIGTERM when a process has failed."""
     requests: list[int] = []
     alone = processes()[1] == 1
     numbers = (signal.SIGINT, signal.SIGTERM)[:1 + alone]
@@ -1745,7 +1751,7 @@ def train(run: Run) -> bool:
             tokens = int(used_lengths(labels).sum())
             loss, grad_norm = train_step(model, run.optimizer, input_ids, labels, recipe, run.step, run.scaler)
             rate, finite = tokens / (time.perf_counter() - start), math.isfinite(loss + grad_norm)
-            mfu = rate * flops_per_token(model.config, tokens // len(labels), passes=2 if frozen else 3) / peak
+            mfu = rate * flops_per_token(model.config, tokens // len(labels), frozen) / peak
             # fp16: a finite loss with a gradient that is not means too large a scale, which the scaler has halved
             failed = not finite and not (math.isfinite(loss) and run.scaler.get_scale() > 1)
             run.step, run.tokens, run.skipped = run.step + 1, run.tokens + tokens, run.skipped + 1 if failed else 0
@@ -1764,8 +1770,8 @@ def train(run: Run) -> bool:
 # ======================================================================================================================
 # 10. Chat fine-tuning
 #
-# A base model continues text; after a few thousand conversations it answers. Nothing new is needed for that: a
-# conversation becomes input_ids and labels (section 2), and the loop of section 9 does not ask where its batches come
+# A base model continues text; after a few thousand conversations it answers. The loop is the same: a
+# conversation becomes input_ids and labels (section 2), and section 9 does not ask where its batches come
 # from. What is new is LoRA: instead of a matrix W, train a small correction B A beside it, with so few numbers that
 # their gradients and moments take hardly any memory, and one base model can carry many such pairs.
 # First reading: pad_rows, LoRALinear, add_lora.
@@ -1855,8 +1861,8 @@ def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
 
 
 def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Rows [2, T_i] of input_ids and labels as 2 x [N, T], filled up on the right, where no earlier token looks. The
-    label IGNORE marks padding, not the id 0: that is <unk>, and could stand in a text as well."""
+    """Rows [2, T_i] of input_ids and labels as 2 x [N, T], filled up on the right, where no earlier token looks: ids
+    with 0, labels with IGNORE. Only the label tells what is padding."""
     input_ids, labels = ([torch.from_numpy(row[i]).long() for row in rows] for i in (0, 1))
     return (nn.utils.rnn.pad_sequence(input_ids, batch_first=True),
             nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE))
@@ -1864,9 +1870,9 @@ def pad_rows(rows: list[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch_size: int, lora: bool) -> Recipe:
     """One stage an epoch. 1e-4 for adapters is the default of H2O LLM Studio, the program that Danube3 was tuned with
-    [R]; the rest is [C]: all weights together take a tenth of that, and other widths than 500m's take both times 1,536
-    over theirs. Tokens are counted as if all rows were as long as the longest; metrics.jsonl has what was read. (So a
-    single long row makes all micro-batches small, unless --micro-batch-size says otherwise.)"""
+    [R]; the rest is [C]: all weights together take a tenth of that, and at other widths than 500m's both are multiplied
+    by 1,536 / hidden_size. Tokens are counted as if all rows were as long as the longest; metrics.jsonl has what was
+    read. (So a single long row makes all micro-batches small, unless --micro-batch-size says otherwise.)"""
     longest, batch_size = max(row.shape[1] for row in rows), min(batch_size, len(rows))
     sizes = (n for n in range(1, batch_size + 1) if batch_size % n == 0 and n * longest <= CHAT_TOKENS)
     ends = [-(-(i + 1) * len(rows) // batch_size) for i in range(epochs)]  # steps; rounded up, nothing is left out
@@ -1915,8 +1921,8 @@ LORA_ALPHA = 16  # the correction's scale is alpha / rank: H2O LLM Studio's defa
 class LoRALinear(nn.Module):
     """y = W x + (alpha / r) B A x, with A [r, in] and B [out, r] trained and W frozen (arXiv 2106.09685).
 
-    B begins at zero, so that the model begins as it was. A and B are fp32 whatever W is: an update is often smaller
-    than the gap between two bf16 numbers.
+    add_lora begins with B = 0, so that the model begins as it was. A and B are fp32 whatever W is: an update is often
+    smaller than the gap between two bf16 numbers.
     """
 
     def __init__(self, base_layer: "nn.Linear | QuantizedLinear", rank: int, alpha: float = LORA_ALPHA) -> None:
@@ -2142,7 +2148,7 @@ def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -
 
 def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
     """Questions as in choice_scores, with an "answer". acc is the share whose right choice has the highest log-
-    likelihood, acc_stderr its standard error, acc_norm the same by log-likelihood per character, which does not favour
+    likelihood, acc_stderr its standard error, acc_norm is acc by log-likelihood per character, which does not favour
     short choices (names and definitions are lm-evaluation-harness's); guessing is what chance would give."""
     for number, question in enumerate(questions, start=1):
         choices = question.get("choices")
@@ -2160,9 +2166,9 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
 
 
 def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> dict[str, float]:
-    """How well the likeliest label of {"text", "label"} items is the right one, all labels of the file being choices:
-    the share of all items, of each label's, and the mean of those (macro accuracy), in which rare labels count as much
-    as frequent ones."""
+    """How often the likeliest label of {"text", "label"} items is the right one, all labels of the file being choices:
+    among all items, among those of each label, and the mean of the latter (macro accuracy), in which rare labels count
+    as much as frequent ones."""
     for number, item in enumerate(items, start=1):
         if not (isinstance(item.get("text"), str) and isinstance(item.get("label"), str) and item["label"]):
             raise DanubeError(f'question {number} lacks a "text" or a "label"')
@@ -2247,17 +2253,18 @@ SCHEMES = {"int8": {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
 
 
 def as_stored(scales: Tensor) -> Tensor:
-    """Scales that fp16 holds with less than its full precision, rounded to fp16; others as they are.
+    """The scales to make codes with: what fp16 holds with less than its full precision, rounded to fp16; others exact.
 
-    Below 2^-14 fp16 has fewer and fewer digits, and what is below 3e-8 becomes 0. A code made for the exact scale would
-    be wrong for the stored one, so such scales are rounded first. Above, rounding changes a scale by less than 0.05 %,
-    and llama.cpp makes its codes for the unrounded one: so do we, to get the same codes.
+    Below 2^-14 fp16 has fewer and fewer digits, and what is below 3e-8, half its smallest number, becomes 0. A code
+    made for the exact scale would be wrong for the stored one, so such scales are rounded first. Above, rounding
+    changes a scale by less than 0.05 %, and llama.cpp makes its codes for the unrounded one: so do we, to get the same
+    codes.
     """
     return torch.where(scales.abs() < 2 ** -14, scales.half().float(), scales)
 
 
 def inverse(scales: Tensor) -> Tensor:
-    """1 / scale, and 0 where that is 0: a row of zeros."""
+    """1 / scale, and 0 where the scale is 0: a row of zeros."""
     return torch.where(scales == 0, 0.0, 1 / scales)
 
 
@@ -2408,9 +2415,9 @@ def read_scheme(folder: Path) -> dict[str, int] | None:
 #
 #     1  Rounding weight i fixes e_i. The weights after it are still free: choose each e_j so that e C e^T is smallest.
 #        (They are where the weights before i have moved them; e counts from there.)
-#     2  Where the derivative by each free e_j is 0, only the first entry of e C is not: e is a multiple of P_1, the
-#        first row of P, the inverse of what is left of C (rows and columns i, i + 1, ..). So e = e_i P_1 / P_11, and
-#        the cost is e_i^2 / P_11.
+#     2  There the derivatives by all free e_j, which are the entries of e C but the first, are 0: e is a multiple of
+#        P_1, the first row of P, the inverse of what is left of C (rows and columns i, i + 1, ..). So
+#        e = e_i P_1 / P_11, and the cost is e_i^2 / P_11.
 #     3  One factorization has all these inverses in it: with C^-1 = U^T U, U upper triangular, the same product of the
 #        rows and columns from i on is P, so P_1 = U_ii U_i and P_11 = U_ii^2. The weights j > i move by
 #        -(w_i - rounded w_i) U_ij / U_ii, and 1 / U_ii^2 is how much the error of column i counts: its importance.
@@ -2567,9 +2574,9 @@ def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     pack: bool = False) -> tuple[Danube3, Tokenizer]:
     """Model, in eval mode and in `dtype` (default: as stored), and tokenizer of a checkpoint, run or published folder,
-    of a quantized one (to `pack` it makes it fast and unfit for training), or of adapters, which name their base."""
+    of a quantized one (`pack` makes it fast on CPUs, and unfit for training), or of adapters, which name their base."""
     folder = find_checkpoint(path)
-    verify_digests(folder, but="trainer.pt")  # three times as large as the weights, and not needed here
+    verify_digests(folder, but="trainer.pt")  # two to six times as large as the weights, and not needed here
     if (folder / "adapter_config.json").is_file():
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not isinstance(base, str) or not Path(base).is_dir():

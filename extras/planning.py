@@ -71,7 +71,7 @@ def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory
 
 def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.device) -> None:
     """Have layers computed again in the backward pass if wished, or if this GPU's memory asks for it. On other devices
-    "auto" is off. With adapters counted are the stored weights, activations and logits."""
+    "auto" is off. With adapters, what is counted are the stored weights, activations and logits."""
     again = wish == "on"
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory

@@ -56,15 +56,19 @@ def test_stages_of_every_recipe():
     assert tokens == {"500m": [2.8, 1.15, 0.05], "4b": [4.6, 1.35, 0.05]}
 
 
-def test_flops_against_a_counter():
-    """PyTorch counts the multiplications of a real forward and backward; of attention it counts the whole square."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_flops_against_a_counter(frozen):
+    """PyTorch counts the multiplications of a real forward and backward; of attention it counts the whole square. With
+    frozen matrices and trained norms all gradients of inputs are needed, as with adapters."""
     B, T = 2, 33
     model, ids = random_model(TINY), torch.randint(0, TINY.vocab_size, (2, 33))
+    for parameter in model.parameters():
+        parameter.requires_grad_(not frozen or parameter.dim() == 1)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
     square = 3 * 2 * 2 * TINY.num_hidden_layers * TINY.num_attention_heads * TINY.head_dim * T
     causal = 3 * 2 * TINY.num_hidden_layers * TINY.num_attention_heads * TINY.head_dim * (T + 1)
-    assert counter.get_total_flops() / (B * T) - square + causal == danube3.flops_per_token(TINY, T)
+    assert counter.get_total_flops() / (B * T) - square + causal == danube3.flops_per_token(TINY, T, frozen)
 
 
 def test_memory_against_what_autograd_keeps():

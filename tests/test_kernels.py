@@ -82,10 +82,11 @@ def test_rotary_embedding(h, start, T, dtype, draw):
     agree(x.grad, reference.rotary_embedding_backward(numpy(grad), numpy(cos), numpy(sin)), dtype)
 
 
-def test_one_thread_makes_the_first_cosine(monkeypatch):
+@pytest.mark.parametrize("name", ["cos", "sin"])
+def test_one_thread_makes_the_first_call(name, monkeypatch):
     """The race that this avoids cannot be called up at will; before, 17 of 100 new processes had coarse angles."""
-    sizes, cosine = [], torch.Tensor.cos
-    monkeypatch.setattr(torch.Tensor, "cos", lambda x: sizes.append(x.numel()) or cosine(x))
+    sizes, function = [], getattr(torch.Tensor, name)
+    monkeypatch.setattr(torch.Tensor, name, lambda x: sizes.append(x.numel()) or function(x))
     spec = importlib.util.spec_from_file_location("danube3_again", ROOT / "danube3.py")
     monkeypatch.setitem(sys.modules, "danube3_again", importlib.util.module_from_spec(spec))
     spec.loader.exec_module(sys.modules["danube3_again"])
