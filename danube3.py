@@ -115,8 +115,8 @@ class DanubeConfig:
             smallest = 0 if field.name.endswith("_token_id") else 1 if integer else 1e-30
             # generous, but no damaged file shall ask for impossible memory
             limit = 2 ** 62 if not integer else 2 ** 10 if field.name == "num_hidden_layers" else 2 ** 24
-            if type(value) not in ((int,) if integer else (int, float)) or not smallest <= value < limit:
-                kind = "an integer" if integer else "a number"
+            kind, types = ("an integer", int) if integer else ("a number", (int, float))
+            if isinstance(value, bool) or not isinstance(value, types) or not smallest <= value < limit:
                 raise DanubeError(f"config: {field.name} is {value!r}: give it {kind} from {smallest} to under {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DanubeError(f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
@@ -443,7 +443,7 @@ def rotary_table(start: int, end: int, head_dim: int, theta: float, device: torc
 # On CPUs the math library chooses its routine for a function in that function's first call. Of two threads that make
 # this call together one may get a coarse routine, and results that are off by 1e-4 (pytorch issue 188792): then a run
 # that is resumed is not the same to the bit. So one thread makes the first calls, now.
-torch.zeros(1).cos(), torch.zeros(1).sin()
+torch.zeros(1, device="cpu").cos(), torch.zeros(1, device="cpu").sin()
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1080,11 +1080,12 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
 
 def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder one by one, if their names, shapes and types are those of `model`."""
-    missing = dict(model.state_dict())
+    expected = dict(model.state_dict())
+    missing = set(expected)
     for name, weight in read_weights(folder):
         if name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
             continue
-        own = missing.pop(name, None)
+        own = expected.get(name)
         if own is None or own.shape != weight.shape:
             raise DanubeError(f"{folder}: {name} {tuple(weight.shape)} is not what config.json makes it, "
                               f"{None if own is None else tuple(own.shape)}: copy both files again")
@@ -1092,6 +1093,7 @@ def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tenso
         if weight.dtype not in types:
             raise DanubeError(f"{folder}: {name} is stored as {weight.dtype}: only "
                               f"{', '.join(map(str, types))} can be read")
+        missing.discard(name)
         yield name, weight
     if missing:
         raise DanubeError(f"{folder} lacks {len(missing)} tensors, {sorted(missing)[0]} among them: copy it again")
@@ -1337,7 +1339,7 @@ class StagedData:
 # ======================================================================================================================
 
 def make_optimizer(model: Danube3, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with decay on the matrices only: a norm gain has no reason to be near zero."""
+    """AdamW, its moments made already, with decay on the matrices only: a norm gain has no reason to be near zero."""
     matrices = [p for p in model.parameters() if p.dim() >= 2 and p.requires_grad]
     gains = [p for p in model.parameters() if p.dim() < 2 and p.requires_grad]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
@@ -1419,7 +1421,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum of what all processes bring, in each of them. All must call this."""
+    """The sum of what all processes bring, in place, in each of them. All must call this."""
     if processes()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
@@ -1569,13 +1571,15 @@ class Run:
             raise DanubeError(f"nothing to resume: {out} holds no complete checkpoint; leave --resume out")
         if not resume and checkpoints_in(out):
             raise DanubeError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        self.log = open(os.devnull if processes()[0] else out / "metrics.jsonl", "a")  # only the first process writes
-        if processes()[0] == 0:
+        first = processes()[0] == 0
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+        self.log = open(out / "metrics.jsonl" if first else os.devnull, "a")  # only the first process writes
+        if first:
             lock(self.log.fileno(), out)  # as long as the log is open, it keeps other runs away
         if resume:
             self.restore()
-        if processes()[0] == 0:
+        if first:
             self.remove_old_checkpoints()
             self.forget_later_steps()
 
@@ -1638,7 +1642,7 @@ class Run:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short ends it too
             for line in (self.out / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
                 entry = json.loads(line)
-                if entry["step"] > self.step or entry["step"] == self.step and "val_loss" in entry:
+                if not self.step or entry["step"] > self.step or entry["step"] == self.step and "val_loss" in entry:
                     break
                 length += len(line) + 1
         self.log.truncate(length)
@@ -2316,13 +2320,12 @@ class DequantizedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # x [.., K] -> [.., N]
         ctx.save_for_backward(codes, scales)
-        ctx.dtype = x.dtype
         return F.linear(x, dequantize(codes, scales).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         codes, scales = ctx.saved_tensors
-        return (grad @ dequantize(codes, scales).to(grad.dtype)).to(ctx.dtype), None, None
+        return grad @ dequantize(codes, scales).to(grad.dtype), None, None
 
 
 class QuantizedLinear(nn.Module):
@@ -2534,13 +2537,15 @@ def quantize_tensor(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def dense(model: Danube3) -> Danube3:
-    """The same model with ordinary matrices in place of quantized ones."""
-    weights = {f"{name}.weight": weight.to(model.dtype) for name, module in model.named_modules()
-               if (weight := getattr(module, "weight", None)) is not None}
-    with torch.device("meta"):
-        plain = Danube3(model.config)
-    plain.load_state_dict(weights, assign=True)
-    return plain.train(model.training)
+    """Put ordinary matrices in place of quantized ones."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            with torch.device("meta"):
+                plain = (nn.Embedding(module.out_features, module.in_features) if isinstance(module, QuantizedEmbedding)
+                         else nn.Linear(module.in_features, module.out_features, bias=False))
+            plain.weight = nn.Parameter(module.weight.to(model.dtype))
+            model.set_submodule(name, plain)
+    return model
 
 
 # A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;

@@ -1,4 +1,4 @@
-"""What a run has come to: its curves and a sample of its words; sizes and speeds of a quantized model."""
+"""What a run has come to: its curves, a sample of its words, its scores; sizes and speeds of a quantized model."""
 
 import json
 import math

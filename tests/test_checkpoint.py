@@ -64,6 +64,20 @@ def test_we_open_theirs(dtype, shard, tmp_path, tokenizer):
         assert torch.equal(ours, original.to(danube3.DTYPES[dtype]))
 
 
+def test_a_tensor_in_two_files(saved):
+    """As transformers, which takes either: overlapping files of one index are read."""
+    folder, model = saved
+    weights = list(safetensors.torch.load_file(folder / "model.safetensors").items())
+    parts = {"a.safetensors": dict(weights[:8]), "b.safetensors": dict(weights[7:])}
+    for name, part in parts.items():
+        safetensors.torch.save_file(part, folder / name)
+    names = {key: name for name, part in parts.items() for key in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors").unlink(), (folder / "SHA256SUMS").unlink()
+    loaded, _ = danube3.load_checkpoint(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
 def test_published_names_and_fields(saved):
     folder, model = saved
     names = set(transformers_model(TINY, model.state_dict()).state_dict())
