@@ -427,6 +427,23 @@ def test_half_precision_base_keeps_an_fp32_stream(tokenizer):
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+def test_adapters_over_a_bf16_folder(tokenizer, tmp_path):
+    """Opened to speak, not to train, all is bf16: the stream, the corrections, and the matrices that they are added to."""
+    danube3.save_checkpoint(tmp_path / "base", random_model(TINY), tokenizer, dtype=torch.bfloat16)
+    adapted = danube3.add_lora(danube3.load_checkpoint(tmp_path / "base")[0], 2, 0)
+    for linear in danube3.layer_linears(adapted).values():
+        torch.nn.init.normal_(linear.lora_B.weight, std=0.1)
+    danube3.save_adapter(tmp_path / "adapters", adapted, tokenizer, base=tmp_path / "base")
+    opened, _ = danube3.load_checkpoint(tmp_path / "adapters")
+    merged = danube3.merge_lora(danube3.load_checkpoint(tmp_path / "adapters")[0])
+    assert opened.dtype == torch.bfloat16 and {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    ids = torch.randint(0, 330, (2, 9))
+    with torch.no_grad():
+        exact = danube3.merge_lora(adapted).float()(ids)
+        for model in (opened, merged):
+            assert (model(ids) - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     """Base, LoRA, merge, talk and quiz, with the smallest budgets, as the README has them."""
     assert call("train.py", "--data", toy_data, "--tokens", "4096", "--out", tmp_path / "toy").returncode == 0

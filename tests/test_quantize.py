@@ -144,6 +144,7 @@ def test_scale_search_beats_the_plain_scale():
     scales = danube3.search_scales(groups, importance)
     twins = [reference.group_scale(group, importance.double().numpy()) for group in groups.double().numpy()]
     np.testing.assert_allclose(scales.numpy(), twins, rtol=2e-3)
+    assert torch.equal(scales, scales.half().float())  # as they are stored, so that codes are made for just these
 
     def error(scales):
         steps = (groups / scales[:, None] + 0.5).floor().clamp(-8, 7)
