@@ -428,7 +428,7 @@ def test_half_precision_base_keeps_an_fp32_stream(tokenizer):
 
 
 def test_adapters_over_a_bf16_folder(tokenizer, tmp_path):
-    """Opened to speak, not to train, all is bf16: the stream, the corrections, and the matrices that they are added to."""
+    """Opened to speak, not to train, all is bf16: the stream, the corrections, the matrices that they are added to."""
     danube3.save_checkpoint(tmp_path / "base", random_model(TINY), tokenizer, dtype=torch.bfloat16)
     adapted = danube3.add_lora(danube3.load_checkpoint(tmp_path / "base")[0], 2, 0)
     for linear in danube3.layer_linears(adapted).values():
