@@ -225,6 +225,9 @@ def test_lora_starts_as_the_base_and_trains_adapters_only():
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(after[name], p) for name, p in base.named_parameters())
     assert not torch.equal(model(ids), base(ids))
+    name = "model.layers.0.mlp.up_proj.lora_A.weight"
+    draws = [danube3.add_lora(random_model(TINY), 1, seed).state_dict()[name] for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("rank", [1, 4])

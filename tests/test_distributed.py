@@ -61,6 +61,16 @@ def workers(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+def same_validation(out, expected):
+    ours, theirs = (
+        [e for e in map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines()) if "val_loss" in e]
+        for run in (out, expected)
+    )
+    assert [e["step"] for e in ours] == [e["step"] for e in theirs] and len(ours) > 1
+    for a, b in zip(ours, theirs):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
+
+
 def same_curve(steps, expected):
     assert [e["step"] for e in steps] == [e["step"] for e in expected]
     assert [e["lr"] for e in steps] == [e["lr"] for e in expected]
@@ -106,6 +116,7 @@ def test_processes_make_the_same_run(processes, micro_batch_size, recompute, alo
     output = finish(start(processes, *flags))
     assert output.count("parameters to train") == 1 and f"{processes} x cpu" in output
     same_curve(steps_of(tmp_path / "run"), steps_of(alone))
+    same_validation(tmp_path / "run", alone)
     ours, theirs = (danube3.load_checkpoint(folder)[0] for folder in (tmp_path / "run", alone))
     assert max((a - b).abs().max() for a, b in zip(ours.parameters(), theirs.parameters())) < 1e-4
     names = {path.name for path in danube3.find_checkpoint(alone).iterdir()}
@@ -164,13 +175,16 @@ def test_nobody_leaves_while_a_checkpoint_is_written(toy_data, tmp_path):
 
 
 def test_adapters_in_two_processes(alone, toy_data, tmp_path):
-    talks = [json.loads(line) for line in (toy_data / "chat.jsonl").read_text().splitlines()[:64]]
+    """And three held-out conversations, which two processes cannot share: then each must take all, as FSDP waits for
+    as many passes of every process."""
+    talks = [json.loads(line) for line in (toy_data / "chat.jsonl").read_text().splitlines()[:60]]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     flags = ("--chat", tmp_path / "chat.jsonl", "--init", alone, "--lora", 4, "--batch-size", 8)
     for processes in (1, 2):
-        output = finish(start(processes, *flags, "--micro-batch-size", 2, "--out", tmp_path / f"run{processes}"))
+        output = finish(start(processes, *flags, "--micro-batch-size", 1, "--out", tmp_path / f"run{processes}"))
         assert "try: python" in output, output
     same_curve(*(steps_of(tmp_path / f"run{n}") for n in (2, 1)))
+    same_validation(tmp_path / "run2", tmp_path / "run1")
     first, second = (danube3.load_checkpoint(tmp_path / f"run{n}")[0].state_dict() for n in (1, 2))
     assert first.keys() == second.keys() and any(".lora_B." in name for name in first)
     assert max((first[name] - second[name]).abs().max() for name in first) < 1e-4
