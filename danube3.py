@@ -487,7 +487,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # [T, S], True = may look
     share = q.device.type != "cuda" or q.dtype == torch.bfloat16 and mask is None
-    if not share:  # on a GPU only flash attention shares heads, which PyTorch takes for bf16 without a mask
+    if not share:  # on a GPU PyTorch takes flash attention, which shares heads, for bf16 without a mask
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, S, h]
     # the whole formula in one call: products, / sqrt(h), mask, softmax, weighted sum
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
@@ -716,7 +716,7 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     if top_p < 1.0:
-        before = probabilities.cumsum(-1) - probabilities
+        before = probabilities.cumsum(-1) - probabilities  # a token stays if those before it do not yet reach p
         probabilities[:, 1:] *= before[:, 1:] < top_p  # the first stays, also where p is less than fp32 can hold
         probabilities /= probabilities.sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # back into the order of the vocabulary
@@ -1123,7 +1123,7 @@ def write_shards(folder: Path, source: str, split: str, documents: Iterable[list
         shard.clear()
 
     for ids in documents:
-        shard.extend((1, *ids, 2))  # <s> and </s>, whose ids a tokenizer must have to be taken (section 2)
+        shard.extend((1, *ids, 2))  # <s> and </s>; data/prepare.py refuses tokenizers with other ids
         if len(shard) >= shard_tokens:
             flush()
     if shard:
@@ -1534,7 +1534,8 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
 
 @torch.no_grad()
 def mean_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_size: int) -> float:
-    """Loss per labelled token of rows [N, T], which processes share if they can do so evenly."""
+    """Loss per labelled token of rows [N, T], which processes share if they can do so evenly (FSDP waits for as many
+    passes of each)."""
     device, (rank, ranks) = model.device, processes()
     rank, ranks = (rank, ranks) if len(labels) % ranks == 0 else (0, 1)
     total = torch.zeros((), device=device)
@@ -1774,10 +1775,10 @@ def train(run: Run) -> bool:
 # ======================================================================================================================
 # 10. Chat fine-tuning
 #
-# A base model continues text; after a few thousand conversations it answers. The loop is the same: a
-# conversation becomes input_ids and labels (section 2), and section 9 does not ask where its batches come
-# from. What is new is LoRA: instead of a matrix W, train a small correction B A beside it, with so few numbers that
-# their gradients and moments take hardly any memory, and one base model can carry many such pairs.
+# A base model continues text; after a few thousand conversations it answers. The loop is the same: a conversation
+# becomes input_ids and labels (section 2), and section 9 does not ask where its batches come from. What is new is LoRA:
+# instead of a matrix W, train a small correction B A beside it, with so few numbers that their gradients and moments
+# take hardly any memory, and one base model can carry many such pairs.
 # First reading: pad_rows, LoRALinear, add_lora.
 # ======================================================================================================================
 
@@ -2152,8 +2153,8 @@ def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -
 
 def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
     """Questions as in choice_scores, with an "answer". acc is the share whose right choice has the highest log-
-    likelihood, acc_stderr its standard error, acc_norm is acc by log-likelihood per character, which does not favour
-    short choices (names and definitions are lm-evaluation-harness's); guessing is what chance would give."""
+    likelihood, acc_stderr its standard error, acc_norm that share by log-likelihood per character, which does not
+    favour short choices (names and definitions are lm-evaluation-harness's); guessing is what chance would give."""
     for number, question in enumerate(questions, start=1):
         choices = question.get("choices")
         answer = question.get("answer")
