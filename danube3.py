@@ -1471,14 +1471,22 @@ def share_model(model: Danube3, device: torch.device) -> Danube3:
     return model
 
 
-def measure_matmul_peak(device: torch.device, size: int = 2_048, repeats: int = 10) -> float:
+def measure_matmul_peak(device: torch.device, seconds: float = 0.3) -> float:
     """The best rate at which this device multiplies two square matrices in its compute type, in operations a second.
     A run's mfu, model FLOPs utilization, is flops_per_token times tokens a second over this; others divide by the data
-    sheet's peak."""
-    size = size if device.type == "cpu" else 4 * size
-    a = torch.randn(size, size, device=device, dtype=compute_dtype(device))
-    best = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=repeats))  # .item() waits for the device
-    return 2 * size ** 3 / best
+    sheet's peak.
+
+    The matrices grow while time is left: some CPUs need a minute for one large product of fp16, which they emulate."""
+    dtype, size, largest, best = compute_dtype(device), 128, 2_048 if device.type == "cpu" else 8_192, 0.0
+    (torch.ones(16, 16, device=device, dtype=dtype) @ torch.ones(16, 16, device=device, dtype=dtype)).sum().item()
+    end = time.perf_counter() + seconds  # only now: the first product of all loads a library
+    while True:
+        a = torch.randn(size, size, device=device).to(dtype)
+        elapsed = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=2))  # .item() waits for the device
+        best = max(best, 2 * size ** 3 / elapsed)
+        if size == largest or 2 * 8 * elapsed > end - time.perf_counter():  # two products of twice the size take that
+            return best
+        size *= 2
 
 
 def used_lengths(labels: Tensor) -> Tensor:
@@ -1719,6 +1727,8 @@ def log_validation(run: Run, validation: dict[str, tuple[Tensor, Tensor]]) -> No
     stage = recipe.stages[recipe.stage_at(max(0, run.step - 1))].name  # that of the step just done
     with autocast(run.device):
         losses = {name: mean_loss(run.model, *rows, recipe.micro_batch_size) for name, rows in validation.items()}
+    if processes()[1] > 1:  # without a backward pass after it, FSDP keeps the root's weights whole, and cannot save them
+        run.model.reshard()  # type: ignore[operator]
     run.write(step=run.step, stage=stage, tokens=run.tokens, val_loss=losses)
     parts = (f"{name} {loss:.3f} ({math.exp(min(loss, 99)):,.1f})" for name, loss in losses.items())
     say(f"step {run.step}, validation loss (perplexity): {', '.join(parts)}")

@@ -152,7 +152,9 @@ def main() -> int:
     if args.merge and args.merge.resolve() == out.resolve():
         raise danube3.DanubeError(f"--merge {args.merge} is where the run itself is written: choose another folder")
     write = functools.partial(danube3.save_adapter, base=base) if args.lora and base else danube3.save_checkpoint
+    torch.backends.cuda.enable_cudnn_sdp(not args.chat)  # see pick_device
     finished = danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write))
+    torch.backends.cuda.enable_cudnn_sdp(False)
     together, rank = danube3.processes()[1] > 1, cli.leave_processes()
     if not finished and rank == 0:
         again = "the same torchrun command," if together else f"python train.py {shlex.join(sys.argv[1:])}"

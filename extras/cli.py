@@ -50,6 +50,9 @@ def positive(text: str) -> int:
 
 def pick_device(name: str = "auto") -> torch.device:
     """'auto' is the first of cuda, mps and cpu that is there; processes of torchrun take a GPU each."""
+    # On Hopper GPUs torch prefers cuDNN's attention, which takes 20 to 900 ms to plan for every new length of text.
+    # train.py switches it on where all lengths are the same: there it is the fastest.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if "LOCAL_RANK" in os.environ and ":" in name:
         raise DanubeError("under torchrun each process takes a GPU of its own: leave --device out")
     if name == "auto":

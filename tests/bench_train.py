@@ -70,7 +70,7 @@ def main():
         for _ in range(3):
             loop()
     for _ in range(args.rounds):
-        peaks.append(danube3.measure_matmul_peak(torch.device("cpu"), repeats=3))
+        peaks.append(danube3.measure_matmul_peak(torch.device("cpu")))
         for name, loop in loops.items():
             start = time.perf_counter()
             for _ in range(args.steps):

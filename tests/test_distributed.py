@@ -156,6 +156,22 @@ def test_ctrl_c_saves(toy_data, tmp_path):
     assert step >= 7 and len(steps_of(tmp_path)) == step
 
 
+def test_validate_then_save(toy_data, tmp_path):
+    """Ctrl-C during the first validation: FSDP keeps weights whole after it, and the save that follows needs parts."""
+    (tmp_path / "early.py").write_text(
+        "import os, runpy, signal, sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}]\n"
+        "import danube3\n"
+        "log = danube3.log_validation\n"
+        "danube3.log_validation = lambda *args: (log(*args), os.kill(os.getpid(), signal.SIGINT))\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    flags = ("--data", toy_data, *FLAGS, "--out", tmp_path / "run")
+    output = finish(start(2, *flags, program=tmp_path / "early.py"), 60)
+    assert "interrupted, and saved" in output, output
+    assert danube3.find_checkpoint(tmp_path / "run").name == "step-0000000"
+
+
 def test_nobody_leaves_while_a_checkpoint_is_written(toy_data, tmp_path):
     """Ctrl-C in the second process alone, as on another machine: the first one's slow disk is waited for."""
     (tmp_path / "slow.py").write_text(

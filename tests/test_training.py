@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 
 import pytest
 import reference
@@ -472,6 +473,35 @@ def test_a_skipped_step_leaves_weights_and_moments():
     assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters()))
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(before[1], optimizer.state.values()))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", danube3.DTYPES.values(), ids=str)
+def test_the_peak_is_measured_in_bounded_time(dtype, monkeypatch):
+    """In every type: a CPU without fp16 needs 42 s for one product of 2,048 x 2,048."""
+    monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
+    start = time.monotonic()
+    peak = danube3.measure_matmul_peak(torch.device("cpu"))
+    assert time.monotonic() - start < 3
+    a = torch.ones(128, 128, dtype=dtype)
+    small = min(timeit.repeat(lambda: a @ a, number=1, repeat=20))
+    assert 2 * 128**3 / small / 4 < peak < 1e14  # more than small products reach, but for noise
+
+
+def test_cudnn_attention_is_for_fixed_lengths(toy_data, tmp_path, monkeypatch):
+    """On in pre-training, and only while it trains."""
+    seen = []
+
+    def train(run_):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return False
+
+    monkeypatch.setattr(danube3, "train", train)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        assert call(*command(toy_data, tmp_path / "run")[1:]).returncode == 130
+        assert seen == [True] and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_interrupt_handler_is_put_back():
