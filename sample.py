@@ -9,11 +9,17 @@ from pathlib import Path
 import torch
 
 import danube3
-from extras import cli, report
+from danube3 import DanubeError
+
+
+def as_table(results: dict[str, float]) -> str:
+    """The scores of danube3.evaluate, a line each."""
+    return "\n".join(f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.4f}"
+                     for name, value in results.items())
 
 
 def arguments() -> argparse.Namespace:
-    parser = cli.Arguments(__doc__)
+    parser = danube3.Arguments(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint folder, a run folder, or a published Danube3 folder")
     parser.add_argument("prompt", nargs="?", default="", help="the text to go on from; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens, if not before")
@@ -33,28 +39,28 @@ def arguments() -> argparse.Namespace:
     if args.json and not args.eval:
         parser.error("--json is for the results of --eval")
     if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens >= 1):
-        raise danube3.DanubeError("use --temperature and --top-k of 0 or more, --top-p above 0 and at most 1, "
-                                  "--max-new-tokens of 1 or more")
+        raise DanubeError("use --temperature and --top-k of 0 or more, --top-p above 0 and at most 1, "
+                          "--max-new-tokens of 1 or more")
     if args.seed is not None and not 0 <= args.seed < 2 ** 63:
-        raise danube3.DanubeError("use a --seed from 0 to 2^63 - 1")
+        raise DanubeError("use a --seed from 0 to 2^63 - 1")
     return args
 
 
 def save(messages: list[dict[str, str]], path: str) -> None:
     """Add a dialogue to a file, as a line that train.py --chat can read."""
     if not path or not messages:
-        raise danube3.DanubeError("/save takes the name of a file" if not path else "nothing has been said yet")
+        raise DanubeError("/save takes the name of a file" if not path else "nothing has been said yet")
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}) + "\n")
     except OSError as error:
-        raise danube3.DanubeError(f"{path} cannot be written: {error}") from error
+        raise DanubeError(f"{path} cannot be written: {error}") from error
 
 
 def talk(conversation: danube3.Conversation) -> None:
     """Read questions from standard input, one a line, and print the answers."""
     if sys.stdin is None:
-        raise danube3.DanubeError("--chat reads questions from standard input, which is closed: open it")
+        raise DanubeError("--chat reads questions from standard input, which is closed: open it")
     if interactive := sys.stdin.isatty():
         print("/reset begins anew, /save FILE adds the conversation to a file, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
@@ -80,18 +86,18 @@ def talk(conversation: danube3.Conversation) -> None:
             if not interactive:
                 raise
             print()
-        except danube3.DanubeError as error:
+        except DanubeError as error:
             print(f"error: {error}", file=sys.stderr)
 
 
 def main() -> None:
     args = arguments()
-    device = cli.pick_device(args.device)
+    device = danube3.pick_device(args.device)
     dtype = danube3.DTYPES.get(args.dtype)
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
     if args.eval:
         results = danube3.evaluate(model, tokenizer, args.eval)
-        print(report.as_table(results))
+        print(as_table(results))
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
         return
@@ -114,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    danube3.run_command(main)

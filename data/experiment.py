@@ -26,7 +26,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/experiment.py` finds danube3
 import danube3  # noqa: E402
-from extras import cli  # noqa: E402
 
 ORDERS = ("staged", "constant", "reversed")
 OUTCOMES = {  # column: what it is
@@ -144,9 +143,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = cli.Arguments(__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=cli.positive, default=5, help="of each order, at most 10")
-    parser.add_argument("--workers", type=cli.positive, default=2, help="runs at a time, which share the cores")
+    parser = danube3.Arguments(__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=danube3.positive, default=5, help="of each order, at most 10")
+    parser.add_argument("--workers", type=danube3.positive, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--tokens", help="of each run, to try out [the recipe's]")
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="the toy world; made if it is not there")
     parser.add_argument("--out", type=Path, help="the runs [out/experiment-<data>]")
@@ -174,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    danube3.run_command(main)

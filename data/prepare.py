@@ -51,7 +51,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/prepare.py` finds danube3
 import danube3  # noqa: E402
 from danube3 import DanubeError  # noqa: E402
-from extras import cli  # noqa: E402
 
 OPEN = {  # what stands in for the report's six sources, whose texts are not published [C]
     "web": "hub:HuggingFaceFW/fineweb",
@@ -597,7 +596,7 @@ def tokenizer_choice(text: str) -> str | int:
 
 
 def arguments() -> argparse.Namespace:
-    parser, count = cli.Arguments(__doc__.splitlines()[0]), cli.positive
+    parser, count = danube3.Arguments(__doc__.splitlines()[0]), danube3.positive
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("inputs", nargs="*", metavar="SOURCE=PATTERN",
                         help=f"a file, folder, glob or hub:owner/name[:config[:split]]; files: {' '.join(SUFFIXES)}")
@@ -606,7 +605,7 @@ def arguments() -> argparse.Namespace:
                         help="a tokenizer.model, a folder with one, mistral (from the package mistral-common), or "
                         "train:VOCAB to train one of VOCAB pieces on the sources")
     parser.add_argument("--open", action="store_true", help="take open data sets from the Hub for all six sources")
-    parser.add_argument("--tokens", type=cli.token_count, help="with --open: tokens of the run to prepare for")
+    parser.add_argument("--tokens", type=danube3.token_count, help="with --open: tokens of the run to prepare for")
     parser.add_argument("--val", type=fraction, default=0.005, help="the part of the documents kept for validation")
     parser.add_argument("--shard-tokens", type=count, default=2 ** 27, help="tokens of a shard, about")
     parser.add_argument("--workers", type=count, default=cores, help="processes")
@@ -635,4 +634,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    danube3.run_command(main)

@@ -16,7 +16,6 @@ from sklearn.pipeline import make_pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import danube3  # noqa: E402
-from extras import cli  # noqa: E402
 
 
 def baseline(train: list[dict], test: list[dict]) -> tuple[float, float]:
@@ -32,7 +31,7 @@ def baseline(train: list[dict], test: list[dict]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = cli.Arguments(__doc__.splitlines()[0])
+    parser = danube3.Arguments(__doc__.splitlines()[0])
     parser.add_argument("texts", type=Path, help='{"text": .., "label": ..} a line; NAME-quiz.jsonl lies beside it')
     parser.add_argument("folders", nargs="*", help="models that were taught on it")
     args = parser.parse_args()
@@ -46,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_command(main)
+    danube3.run_command(main)

@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 import danube3  # noqa: E402
-from extras import cli, export  # noqa: E402
+import quantize  # noqa: E402
 
 PROMPT, TOKENS = [1, 50, 60, 70, 80, 90, 100, 110], 32
 
@@ -33,15 +33,15 @@ def prepare(out, name):
         if not (out / f"int{bits}").exists():
             head = danube3.safetensors.safe_open(out / "bf16" / "model.safetensors", "pt").get_tensor("lm_head.weight")
             done = {} if bits == 8 else {"lm_head": danube3.quantize_tensor(head, 4)}  # the bits of GPTQ
-            export.quantize_folder(out / "bf16", out / f"int{bits}", bits, done)
+            quantize.quantize_folder(out / "bf16", out / f"int{bits}", bits, done)
         if not (out / f"int{bits}.gguf").exists():
-            export.write_gguf(out / f"int{bits}", out / f"int{bits}.gguf")
+            quantize.write_gguf(out / f"int{bits}", out / f"int{bits}.gguf")
 
 
 def ours(path, compiled):
     model, _ = danube3.load_checkpoint(path, pack=True)
     if compiled:
-        cli.compile_model(model)
+        danube3.compile_model(model)
 
     def decode():
         steps = danube3.generate_tokens(model, torch.tensor([PROMPT]), TOKENS + 1, temperature=1.0, seed=0)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import danube3  # noqa: E402
-from extras import planning  # noqa: E402
+import train  # noqa: E402
 
 
 class RandomRows:
@@ -59,7 +59,7 @@ def main():
         micro_batch_size=args.rows,
         stages=danube3.danube_stages(args.steps * tokens, 0, 0),
     )
-    estimate = planning.memory_bytes(config, recipe, 4, 1, args.recompute)
+    estimate = train.memory_bytes(config, recipe, 4, 1, args.recompute)
     tokenizer = danube3.Tokenizer(ROOT / "data" / "toy" / "tokenizer.model")  # only copied into the checkpoint
     model = danube3.Danube3(config).init_weights(0).train()
     for layer in model.model.layers:

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import danube3  # noqa: E402
-from extras import cli, export, report  # noqa: E402
+import quantize  # noqa: E402
 
 CONFIG = danube3.DanubeConfig(
     hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
@@ -95,15 +95,15 @@ def llama_cpp_quantize(source, out, file_type):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/bench-quantize"))
-    parser.add_argument("--tokens", type=cli.token_count, default=2_500_000)
+    parser.add_argument("--tokens", type=danube3.token_count, default=2_500_000)
     parser.add_argument("--samples", type=int, default=1024, help="rows to calibrate GPTQ with")
     parser.add_argument("--rows", type=int, default=200, help="rows to measure with")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     source, data = trained(args.out, args.tokens)
     model, tokenizer = danube3.load_checkpoint(source)
-    calibration = report.sample_rows(data, tokenizer, CONFIG, "train", args.samples)
-    rows = report.sample_rows(data, tokenizer, CONFIG, "val", args.rows)
+    calibration = quantize.sample_rows(data, tokenizer, CONFIG, "train", args.samples)
+    rows = quantize.sample_rows(data, tokenizer, CONFIG, "val", args.rows)
     base = math.exp(danube3.mean_loss(model, rows, rows, 8))
     print(f"{danube3.count_parameters(CONFIG):,} parameters, {rows.numel():,} tokens; fp32 perplexity {base:.4f}")
 
@@ -111,9 +111,9 @@ def main():
     for name, (bits, found) in {"int8": (8, {}), "int4": (4, {}), "int4 GPTQ": (4, done)}.items():
         folder = args.out / name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
-        export.quantize_folder(source, folder, bits, found)
+        quantize.quantize_folder(source, folder, bits, found)
         quantized, _ = danube3.load_checkpoint(folder)
-        size = sum(tensor.nbytes for _, tensor in report.stored_tensors(quantized))
+        size = sum(tensor.nbytes for _, tensor in quantize.stored_tensors(quantized))
         perplexity = math.exp(danube3.mean_loss(quantized, rows, rows, 8))
         print(f"ours       {name:28}{size:>12,} bytes  perplexity {perplexity:9.4f}  {perplexity / base - 1:+.3%}")
     for embedding, head in ((8, 8), (8, "GPTQ"), (4, 8), (4, "GPTQ"), (8, 4), (4, 4)):
@@ -129,7 +129,7 @@ def main():
     prompt = rows[0, :16].tolist()
     for name, folder in (("f16", source), ("q8_0", args.out / "int8"), ("q4_0", args.out / "int4-GPTQ")):
         path = args.out / f"ours-{name}.gguf"
-        export.write_gguf(folder, path)
+        quantize.write_gguf(folder, path)
         perplexity = llama_cpp_perplexity(path, rows)
         ours, _ = danube3.load_checkpoint(folder, dtype=torch.float32)
         mine = math.exp(danube3.mean_loss(ours, rows, rows, 8))

@@ -18,14 +18,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from conftest import transformers_model  # noqa: E402
 
 import danube3  # noqa: E402
-from extras import cli  # noqa: E402
 
 
 def our_step(config, recipe, ids, compiled):
     model = danube3.Danube3(config).init_weights(0)
     optimizer = danube3.make_optimizer(model, recipe)
     if compiled:
-        cli.compile_model(model)
+        danube3.compile_model(model)
     return lambda: danube3.train_step(model, optimizer, ids, ids, recipe, 0)
 
 

@@ -45,7 +45,6 @@ import quantize  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from data import prepare  # noqa: E402
-from extras import cli, report  # noqa: E402
 
 TEXT = "Ada lives in Marrow. Brook has 9 geese;  he keeps none: \u00e9t\u00e9 \U0001f600 <s> </s>. Celia plays harp."
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -100,7 +99,7 @@ def child(scratch: Path, main, argv: list = (), before=lambda: None, delay: floa
             torch.set_num_threads(1)
             sys.argv = ["program", *map(str, argv)]
             before()
-            cli.run_command(main)
+            danube3.run_command(main)
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -212,7 +211,7 @@ class World:
                          head_dim=32, vocab_size=320, max_position_embeddings=128)
         danube3.CONFIGS["toy"] = config
         danube3.measure_matmul_peak = lambda device: 1e11   # takes three seconds, and only sets the scale of mfu
-        report.plot_curves = lambda out, recipe: None      # half a second, at the end of all
+        train.plot_curves = lambda out, recipe: None       # half a second, at the end of all
         prepare.BATCH_BYTES = 1_000                         # several spool files
         for seed in (0, 1):
             write_data(folder / f"data{seed}", seed)
@@ -465,7 +464,7 @@ def in_process(main, argv: list) -> str:
     sys.argv = ["program", *map(str, argv)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            cli.run_command(main)
+            danube3.run_command(main)
         except SystemExit as end:
             code = end.code or 0
     return Ended(code, out.getvalue(), err.getvalue()).problem()

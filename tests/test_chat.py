@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT, SENTENCES, TINY, call, one_line_error, random_model, run, transformers_model
 
 import danube3
-from extras import export
+import quantize
 
 TALKS = [
     [("Where does Ada live?", "Ada lives in Marrow.")],
@@ -341,7 +341,7 @@ def test_resume_to_the_bit(lora, dtype, bits, long_base, tokenizer, chat_file, t
     if bits:
         wide = dataclasses.replace(danube3.read_config(long_base), hidden_size=64, intermediate_size=96, head_dim=16)
         danube3.save_checkpoint(tmp_path / "wide", random_model(wide), tokenizer)
-        export.quantize_folder(tmp_path / "wide", long_base := tmp_path / "codes", bits, {})
+        quantize.quantize_folder(tmp_path / "wide", long_base := tmp_path / "codes", bits, {})
     dtype = getattr(torch, dtype)
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
     whole = start(tmp_path / "whole", long_base, tokenizer, chat_file, lora)

@@ -61,7 +61,7 @@ def commands():
 def workspace(tmp_path_factory, toy_data):
     """The programs, a short toy world, and the files that the README takes as the reader's."""
     folder = tmp_path_factory.mktemp("workspace")
-    for name in ("danube3.py", "train.py", "sample.py", "quantize.py", "extras", "tests"):
+    for name in ("danube3.py", "train.py", "sample.py", "quantize.py", "tests"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
     for path in (ROOT / "data").iterdir():

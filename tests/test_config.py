@@ -13,7 +13,7 @@ from conftest import TINY, call, one_line_error, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import danube3
-from extras import cli, planning
+import train
 
 
 @pytest.mark.parametrize("name, parameters", [("500m", 513_590_784), ("4b", 3_961_839_360)])
@@ -85,7 +85,7 @@ def test_memory_against_what_autograd_keeps():
     ids = torch.randint(0, 64, (4, 128))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(ids, ids)
-    estimate = planning.memory_bytes(config, recipe, compute_bytes=4)
+    estimate = train.memory_bytes(config, recipe, compute_bytes=4)
     assert loss.requires_grad
     measured = sum(saved.values())
     assert 0.75 < estimate["activations (estimate)"] / measured < 1.25
@@ -158,7 +158,7 @@ def test_too_few_tokens():
     "text, tokens", [("7", 7), ("200k", 200_000), ("1.5M", 1_500_000), ("10B", 10**10), ("4T", 4 * 10**12)]
 )
 def test_token_count(text, tokens):
-    assert cli.token_count(text) == tokens
+    assert danube3.token_count(text) == tokens
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_token_count(text, tokens):
 )
 def test_no_token_count(text):
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.token_count(text)
+        danube3.token_count(text)
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -174,13 +174,13 @@ def test_memory_of_several_gpus():
     """By hand, for 4b on 8 GPUs: everything shared, but gradients that wait for the last micro-batch held whole."""
     config, recipe = danube3.CONFIGS["4b"], danube3.RECIPES["4b"]
     n, ends, D = danube3.count_parameters(config), 2 * 32_000 * 3840, 3840
-    shared = planning.memory_bytes(config, recipe, gpus=8)
+    shared = train.memory_bytes(config, recipe, gpus=8)
     assert shared["weights (fp32)"] == 4 * n // 8 and shared["AdamW moments (fp32)"] == n
     assert shared["gradients (fp32)"] == 4 * n
-    assert planning.memory_bytes(config, recipe, gpus=512)["gradients (fp32)"] == 4 * n // 512  # a row each: one pass
+    assert train.memory_bytes(config, recipe, gpus=512)["gradients (fp32)"] == 4 * n // 512  # a row each: one pass
     layer = (n - ends) / 24
     assert shared["exchanged parts"] == pytest.approx(4 * ends + 2 * 2 * layer + 4 * (ends + layer), rel=1e-6)
-    alone, again = (planning.memory_bytes(config, recipe, recompute=again) for again in (False, True))
+    alone, again = (train.memory_bytes(config, recipe, recompute=again) for again in (False, True))
     layer = alone["activations (estimate)"] / 24
     assert again["activations (estimate)"] == layer + 24 * 8192 * 4 * D
     assert alone["weights (compute copy)"] == 2 * n
@@ -192,19 +192,19 @@ def test_memory_of_several_gpus():
 def test_what_fits():
     """4b on a GPU of 141 GB, 500m on one of 24 GB; layers are computed again only where that is needed."""
     four, half = ((danube3.CONFIGS[name], danube3.RECIPES[name]) for name in ("4b", "500m"))
-    assert planning.choose_recompute(*four, "auto", 141e9) is False
-    assert planning.choose_recompute(*four, "on", 141e9) is True
-    assert planning.choose_recompute(*four, "auto", 100e9) is True
-    assert planning.choose_recompute(*half, "auto", 24e9) is False
-    assert planning.choose_recompute(*half, "auto", 16e9) is True
+    assert train.choose_recompute(*four, "auto", 141e9) is False
+    assert train.choose_recompute(*four, "on", 141e9) is True
+    assert train.choose_recompute(*four, "auto", 100e9) is True
+    assert train.choose_recompute(*half, "auto", 24e9) is False
+    assert train.choose_recompute(*half, "auto", 16e9) is True
     with pytest.raises(danube3.DanubeError, match="take --recompute on"):
-        planning.choose_recompute(*four, "off", 100e9)
+        train.choose_recompute(*four, "off", 100e9)
     with pytest.raises(danube3.DanubeError, match=r"of 80.0 GB 73.6 can be used: take 2 GPUs .*--gpus 2"):
-        planning.choose_recompute(*four, "auto", 80e9)
+        train.choose_recompute(*four, "auto", 80e9)
     with pytest.raises(danube3.DanubeError, match="take --micro-batch-size 1"):
-        planning.choose_recompute(half[0], dataclasses.replace(half[1], micro_batch_size=64), "auto", 16e9)
+        train.choose_recompute(half[0], dataclasses.replace(half[1], micro_batch_size=64), "auto", 16e9)
     with pytest.raises(danube3.DanubeError, match="--chat with --lora"):
-        planning.choose_recompute(*four, "auto", 8e9)
+        train.choose_recompute(*four, "auto", 8e9)
 
 
 @pytest.mark.parametrize("gigabytes, again", [(24, True), (80, False)])
@@ -219,7 +219,7 @@ def test_adapters_ask_for_what_they_need(gigabytes, again, monkeypatch):
         model.model.layers[0].mlp.up_proj = danube3.LoRALinear(linear, 16)
     recipe = danube3.RECIPES["4b"]
     assert (recipe.sequence_length, recipe.micro_batch_size) == (8192, 1)
-    planning.set_recompute(model, recipe, "auto", torch.device("cuda"))
+    train.set_recompute(model, recipe, "auto", torch.device("cuda"))
     assert {layer.recompute for layer in model.model.layers} == {again}
 
 
@@ -264,7 +264,7 @@ def test_a_plan_for_64_gpus():
 
 
 def test_short_counts():
-    assert [planning.short_count(n) for n in (7, 1500, 1_234_567, 2e9, 5.3e12)] == ["7", "1.5k", "1.23M", "2B", "5.3T"]
+    assert [train.short_count(n) for n in (7, 1500, 1_234_567, 2e9, 5.3e12)] == ["7", "1.5k", "1.23M", "2B", "5.3T"]
 
 
 @pytest.mark.parametrize("name", ["toy", "500m", "4b"])

@@ -21,7 +21,6 @@ from conftest import ROOT, SENTENCES, TINY, digest, one_line_error, run
 
 import danube3
 from data import prepare
-from extras import cli
 
 FORK = multiprocessing.get_context("fork")
 WORDS = "Ada Marrow keeps nine geese \u00e9t\u00e9 \U0001f600 </s> <s> <|answer|> and\nlives by the river".split(" ")
@@ -64,7 +63,7 @@ def start(*arguments):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         try:
-            cli.run_command(prepare.main)
+            danube3.run_command(prepare.main)
         except SystemExit as exit:
             code = exit.code or 0
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
@@ -370,7 +369,7 @@ def test_workers_die_with_their_parent(tmp_path, tokenizer, corpus):
     """The pipe that the program writes to ends when the last of its processes has gone."""
     code = ("import os, sys; from data import prepare; write = prepare.write_spool\n"
             "def write_spool(*a): os.kill(os.getppid(), 9)\n"
-            "prepare.write_spool = write_spool; sys.argv[0] = 'prepare.py'; prepare.cli.run_command(prepare.main)")
+            "prepare.write_spool = write_spool; sys.argv[0] = 'prepare.py'; prepare.danube3.run_command(prepare.main)")
     result = run("-c", code, *command(tmp_path, tokenizer, corpus[0], workers=3), timeout=60)
     assert result.returncode == -9
 

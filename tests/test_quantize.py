@@ -16,7 +16,7 @@ import torch
 from conftest import TINY, call, one_line_error, random_model
 
 import danube3
-from extras import export, report
+import quantize
 
 EVEN = dataclasses.replace(  # sizes that groups of 32 divide, with more query heads than key heads
     TINY, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
@@ -224,7 +224,7 @@ def test_the_gradient_goes_through_a_quantized_matrix():
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_folder(bits, even, tmp_path):
     """Opened without a flag; its logits are those of the dequantized matrices; generation, packed and not, agree."""
-    lines = export.quantize_folder(even, tmp_path / "q", bits, {}, part_bytes=5_000)
+    lines = quantize.quantize_folder(even, tmp_path / "q", bits, {}, part_bytes=5_000)
     model, _ = danube3.load_checkpoint(tmp_path / "q")
     names = {"model.embed_tokens": bits, "lm_head": 8} | {name: bits for name in danube3.layer_linears(model)}
     assert {line[0]: line[1] for line in lines} == names
@@ -252,9 +252,9 @@ def test_a_quantized_folder(bits, even, tmp_path):
 
 def test_memory_of_a_packed_model(even, tmp_path):
     """Packing puts the fast form in the place of the stored one, not beside it."""
-    export.quantize_folder(even, tmp_path / "q", 4, {})
+    quantize.quantize_folder(even, tmp_path / "q", 4, {})
     stored, packed = (danube3.load_checkpoint(tmp_path / "q", pack=pack)[0] for pack in (False, True))
-    sizes = [sum(tensor.nbytes for _, tensor in report.stored_tensors(model)) for model in (stored, packed)]
+    sizes = [sum(tensor.nbytes for _, tensor in quantize.stored_tensors(model)) for model in (stored, packed)]
     assert sizes[1] < 1.15 * sizes[0]
     total = sum(len(bytes_) for bytes_ in map(lambda p: p.read_bytes(), (tmp_path / "q").glob("*.safetensors")))
     assert sizes[0] == pytest.approx(total, rel=0.1)
@@ -262,7 +262,7 @@ def test_memory_of_a_packed_model(even, tmp_path):
 
 def test_qlora_over_a_quantized_base(even, tmp_path, tokenizer):
     """Adapters train over frozen codes, are saved alone, found again, and merged into an ordinary checkpoint."""
-    export.quantize_folder(even, tmp_path / "q", 4, {})
+    quantize.quantize_folder(even, tmp_path / "q", 4, {})
     talks = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]}
         for n in range(40)
@@ -291,7 +291,7 @@ def test_qlora_over_a_quantized_base(even, tmp_path, tokenizer):
 @pytest.mark.parametrize("bits, dtype", [(4, torch.bfloat16), (8, torch.float16)])
 def test_the_stream_over_a_quantized_base_is_fp32(bits, dtype, even, tmp_path):
     """Also where a GPU would open the folder in half precision: a stream in fp16 could overflow."""
-    export.quantize_folder(even, tmp_path / "q", bits, {})
+    quantize.quantize_folder(even, tmp_path / "q", bits, {})
     model = danube3.add_lora(danube3.load_checkpoint(tmp_path / "q", dtype=dtype)[0], 2, 0)
     seen = []
     for layer in model.model.layers:
@@ -311,8 +311,8 @@ def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
     """Read by the gguf package: names, sizes, pieces, and every value, with q and k in the order of paired features."""
     folder = even
     if bits != 16:
-        export.quantize_folder(even, folder := tmp_path / "q", bits, {}, part_bytes=5_000)
-    export.write_gguf(folder, tmp_path / "m.gguf")
+        quantize.quantize_folder(even, folder := tmp_path / "q", bits, {}, part_bytes=5_000)
+    quantize.write_gguf(folder, tmp_path / "m.gguf")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     names = {
         name.removesuffix(".weight"): gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2).get_name(name, (".weight",))
@@ -414,9 +414,9 @@ def test_what_cannot_be_quantized(tokenizer, even, tmp_path, monkeypatch):
     with pytest.raises(danube3.DanubeError, match=r"up_proj\.weight holds 3e\+06, too large"):
         danube3.gptq_model(model, torch.randint(3, 330, (2, 8)))
     with pytest.raises(danube3.DanubeError, match="not finite, or not in fp16"):
-        export.write_gguf(folder, tmp_path / "m.gguf")
+        quantize.write_gguf(folder, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("m.gguf*"))
-    export.quantize_folder(even, tmp_path / "done", 8, {})
+    quantize.quantize_folder(even, tmp_path / "done", 8, {})
     line = one_line_error(call("quantize.py", tmp_path / "done", "--bits", 4, "--out", tmp_path / "q"))
     assert "quantized already" in line
     line = one_line_error(call("quantize.py", even, "--gguf", tmp_path / "done"))
@@ -451,8 +451,8 @@ def test_norms_are_checked_too(even, tmp_path, tokenizer):
     model.model.norm.weight.data[2] = math.nan
     danube3.save_checkpoint(tmp_path / "nan", model, tokenizer)
     for write in (
-        lambda: export.quantize_folder(tmp_path / "nan", tmp_path / "q", 4, {}),
-        lambda: export.write_gguf(tmp_path / "nan", tmp_path / "m.gguf"),
+        lambda: quantize.quantize_folder(tmp_path / "nan", tmp_path / "q", 4, {}),
+        lambda: quantize.write_gguf(tmp_path / "nan", tmp_path / "m.gguf"),
     ):
         with pytest.raises(danube3.DanubeError, match=r"model\.norm\.weight holds values that are not finite"):
             write()
@@ -465,14 +465,14 @@ def test_a_folder_that_is_not_whole(even, tmp_path):
     (even / danube3.DIGESTS).unlink()
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     safetensors.torch.save_file(weights | inv_freq, even / "model.safetensors")
-    export.quantize_folder(even, tmp_path / "old", 4, {})
-    export.write_gguf(even, tmp_path / "old.gguf")
+    quantize.quantize_folder(even, tmp_path / "old", 4, {})
+    quantize.write_gguf(even, tmp_path / "old.gguf")
     assert len(gguf.GGUFReader(tmp_path / "old.gguf").tensors) == len(weights)
     del weights["lm_head.weight"]
     safetensors.torch.save_file(weights, even / "model.safetensors")
     for write in (
-        lambda: export.quantize_folder(even, tmp_path / "q", 4, {}),
-        lambda: export.write_gguf(even, tmp_path / "m.gguf"),
+        lambda: quantize.quantize_folder(even, tmp_path / "q", 4, {}),
+        lambda: quantize.write_gguf(even, tmp_path / "m.gguf"),
     ):
         with pytest.raises(danube3.DanubeError, match=r"lacks 1 tensors, lm_head\.weight"):
             write()
@@ -492,7 +492,7 @@ def test_speed_is_counted_in_tokens_that_were_made(even):
     model.lm_head.weight.data.zero_()
     model.lm_head.weight.data[2] = 1.0
     start = time.perf_counter()
-    speed, bandwidth = report.measure_decoding(model, tokens=16)
+    speed, bandwidth = quantize.measure_decoding(model, tokens=16)
     assert 3 * 16 / speed <= 1.5 * (time.perf_counter() - start)
     weights = sum(p.nbytes for name, p in model.named_parameters() if "embed" not in name)
     assert bandwidth == pytest.approx(speed * weights, rel=1e-6)

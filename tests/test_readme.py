@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 import danube3
+import train
 from data import experiment
-from extras import planning
 
 README = (ROOT / "README.md").read_text()
 
@@ -102,7 +102,7 @@ def test_first_reading():
 
 def counted_lines():
     """What the comparison counts of this project: -> lines of model, pre-training and sampling; of danube3.py"""
-    names = ("train.py", "sample.py", "extras/cli.py", "extras/planning.py", "extras/report.py")
+    names = ("train.py", "sample.py")
     programs = [len((ROOT / name).read_text().splitlines()) for name in names]
     parts = [length for number, (_, length) in sections().items() if number not in (10, 11, 12)]
     head = min(start for start, _ in sections().values()) - 1  # docstring and imports
@@ -159,14 +159,14 @@ def test_costs_in_the_reproduction_table(name, gpu_days, days):
         row for row in table_rows("What the report publishes, and what this computes") if f"training {name}" in row[0]
     )
     tokens = recipe.total_steps * recipe.tokens_per_step
-    cost = danube3.flops_per_token(config, recipe.sequence_length) * tokens / planning.GPU_FLOPS / 86_400
+    cost = danube3.flops_per_token(config, recipe.sequence_length) * tokens / train.GPU_FLOPS / 86_400
     assert f"{cost:,.0f} GPU-days" in row[2] and gpu_days in row[2]
     assert f"{cost / 64:.1f} days on 64" in row[2] and days in row[2]
     assert f"{recipe.total_steps:,}" in README
 
 
 def test_files_that_the_readme_names():
-    for name in re.findall(r"`((?:data|tests|extras)/[a-z_]+\.(?:py|csv|png|txt))`", README):
+    for name in re.findall(r"`((?:data|tests)/[a-z_]+\.(?:py|csv|png|txt))`", README):
         assert Path(ROOT, name).is_file(), name
 
 

@@ -19,7 +19,6 @@ import torch
 from conftest import ROOT, TINY, NoData, call, digest, one_line_error, random_model, run, transformers_model
 
 import danube3
-from extras import cli
 
 SMALL = ("--tokens", "20480", "--device", "cpu")  # 20 steps of 1,024 tokens: 10, 5 and 5 in the three stages
 
@@ -367,7 +366,7 @@ def test_compiled_is_plain(toy_data):
         model = danube3.Danube3(config).init_weights(0)
         optimizer = danube3.make_optimizer(model, recipe)
         if compiled:
-            cli.compile_model(model)
+            danube3.compile_model(model)
         losses.append([])
         for step, length in enumerate((128, 96, 57)):  # the second length makes lengths symbols
             rows = batches.batch(step)[0][:, :length]
@@ -407,7 +406,7 @@ def test_layers_computed_again(compiled):
         for layer in model.model.layers:
             layer.recompute = again
         if compiled:
-            cli.compile_model(model)
+            danube3.compile_model(model)
 
         weights = {p.data_ptr() for p in model.parameters()}
 

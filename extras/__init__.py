@@ -1,1 +1,0 @@
-"""Around danube3.py: what the programs need, and a reader of the model does not."""
