@@ -2,7 +2,7 @@
 
 H2O-Danube3 is a pair of small language models, 500 million and 4 billion parameters, with the Llama architecture. Its
 report trains them in three stages of data, in which noisy web text gives way to cleaner text stage by stage. This file
-is all that concerns the model, to be read from top to bottom. A first reading, of some 1,200 lines and what these call,
+is all that concerns the model, to be read from top to bottom. A first reading, of some 1,100 lines and what these call,
 takes sections 1 to 4 and 8, and of the others what their headings name; the rest is for real use: wrong input, saved
 work, several GPUs.
 
@@ -10,16 +10,15 @@ work, several GPUs.
      2  Tokenizer           text to ids and back; a conversation as ids and labels
      3  Kernels             the five formulas that a Llama is made of
      4  Model               modules named as in the published checkpoints
-     5  Generation          from logits to the next token, one token at a time; a dialogue
+     5  Generation          from logits to the next token, one token at a time
      6  Checkpoints         a checkpoint is a Hugging Face folder, written whole or not at all
      7  Data                token shards, and the staged mixture as a pure function of the step
      8  Optimizer           AdamW, and the learning rate over the steps
      9  Training            the operations of a run, several GPUs, one loop
     10  Chat fine-tuning    conversations as batches; LoRA
-    11  Evaluation          perplexity, multiple choice by likelihood, labels of texts, free answers
-    12  Quantization        int8, int4, GPTQ; how GGUF files differ
-    13  Opening a folder    of any of these kinds
-    14  Running as a program  flags, devices, errors in one line
+    11  Quantization        int8, int4, GPTQ
+    12  Opening a folder    of any of these kinds
+    13  Running as a program  flags, devices, errors in one line
 
 The letters in every shape comment:
 
@@ -54,7 +53,7 @@ import signal
 import sys
 import time
 import timeit
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -211,21 +210,6 @@ class Recipe:
         return replace(self, stages=stages, **changes)
 
 
-def remix(recipe: Recipe, order: str) -> Recipe:
-    """The same tokens of every source in another order, to put the report's idea to the test: "staged" is as it stands,
-    "reversed" begins with the last stage, and "constant" gives every stage the mixture of the whole run."""
-    if order == "reversed":
-        return replace(recipe, stages=recipe.stages[::-1])
-    if order == "constant":
-        unit = math.gcd(*(stage.tokens for stage in recipe.stages))  # whole numbers, which nothing rounds
-        scale = math.lcm(*(sum(stage.mixture.values()) for stage in recipe.stages))
-        # tokens of a source in the whole run, in proportion: sum over stages of tokens times share
-        overall = {name: sum(stage.tokens // unit * stage.mixture[name] * (scale // sum(stage.mixture.values()))
-                             for stage in recipe.stages) for name in recipe.stages[0].mixture}
-        return replace(recipe, stages=tuple(replace(stage, mixture=overall) for stage in recipe.stages))
-    return recipe
-
-
 SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")  # the six kinds the report names [R]
 
 # Thousandths of each stage. The web column is [R]: 90.6, 81.7 and 51.6 %. How the rest is split among the other five
@@ -349,23 +333,6 @@ class StreamDecoder:
         return self.tokenizer.decode(self.ids[self.start:])[len(before):]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> Tokenizer:
-    """Train a tokenizer with the Mistral tokenizer's settings, except that longer sentences may come, and write it to
-    `model_file`. One thread and no path in the file: the same texts give the same bytes."""
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, character_coverage=0.99995, max_sentence_length=1_000_000,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
-    except RuntimeError as error:
-        raise DanubeError(f"no tokenizer of {vocab_size} pieces can be trained on this text ({error}): use more "
-                          "text, or another vocabulary size") from error
-    model_file.write_bytes(model.getvalue())
-    return Tokenizer(model_file)
-
-
 IGNORE = -100  # a label that carries no loss: PyTorch's and transformers' convention
 
 # The chat format [R]: <|prompt|>question</s><|answer|>answer</s>. The two markers are plain text that a user can type;
@@ -391,7 +358,7 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
     Each turn, marker and text together, is one plain encode; </s> is added by id. The label of an id is the id itself
     in an assistant's text and in the </s> that ends it, so that the model learns to answer and to stop; everywhere else
     it is IGNORE, so that it does not learn to ask. (Danube3.forward shifts labels by one; whether user and assistant
-    take turns is for check_turns, section 10.) No <s> in front. [R]
+    take turns is for check_turns, data/read.py.) No <s> in front. [R]
     """
     input_ids, labels = [], []
     for message in messages:
@@ -770,60 +737,6 @@ def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature
     return torch.cat([input_ids] + [next_ids[:, None] for next_ids in new], dim=1)
 
 
-class Conversation:
-    """A dialogue with a model, of which the newest exchanges are remembered, as many as the context holds.
-
-    The ids that the model read and wrote are kept, not only their text, so that the cache of one answer serves the
-    next; an answer that was cut gets the </s> that it lacks.
-    """
-
-    def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
-        self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
-        self.exchanges: list[list[int]] = []          # ids of a question and its answer
-        self.messages: list[dict[str, str]] = []      # the same as text, forgotten ones too
-        self.asked = {"role": "user", "content": ""}  # the last question
-        self.ended = True                             # whether the last answer ended by itself
-        context = model.config.max_position_embeddings
-        self.room = context - min(max_new_tokens, context // 4)  # for all before an answer: 3/4 at least [C]
-        self.kv_cache = KVCache(model.config, 1, context, model.dtype, model.device)
-
-    def reset(self) -> None:
-        self.exchanges, self.messages, self.kv_cache.length = [], [], 0
-
-    def make_room(self, text: str) -> tuple[list[int], int]:
-        """Make room for a question. -> its ids, for answer, and how many of the oldest exchanges had to be forgotten"""
-        message, forgotten = {"role": "user", "content": text}, 0
-        ids, _ = render_chat([message], self.tokenizer, add_generation_prompt=True)
-        if len(ids) > self.room:
-            raise DanubeError(f"that is {len(ids):,} tokens, and {self.room:,} fit: shorten it")
-        while sum(map(len, self.exchanges)) + len(ids) > self.room:
-            del self.exchanges[0]
-            forgotten += 1
-            self.kv_cache.length = 0  # every later token moves, and its key was turned for the old place
-        self.asked = message
-        return ids, forgotten
-
-    def answer(self, question: list[int]) -> Generator[str, None, None]:
-        """The answer piece by piece. However it ends, also if it is interrupted, it becomes part of the dialogue."""
-        ids, eos = [*sum(self.exchanges, []), *question], self.model.config.eos_token_id
-        new: list[int] = []
-        pieces: list[str] = []
-        decoder = StreamDecoder(self.tokenizer, ids)
-        input_ids = torch.tensor([ids], device=self.model.device)
-        try:
-            for next_ids in generate_tokens(self.model, input_ids, self.max_new_tokens, **self.sampling,
-                                            kv_cache=self.kv_cache):
-                new += next_ids.tolist()  # of one row
-                pieces.append(decoder.feed(new[-1]))
-                yield pieces[-1]
-            pieces.append(decoder.rest())
-            yield pieces[-1]
-        finally:
-            self.ended = new[-1:] == [eos]
-            self.exchanges.append([*question, *new] + [eos] * (not self.ended))
-            self.messages += [self.asked, {"role": "assistant", "content": "".join(pieces)}]
-
-
 # ======================================================================================================================
 # 6. Checkpoints
 #
@@ -1114,27 +1027,6 @@ def checked_weights(folder: Path, model: nn.Module) -> Iterator[tuple[str, Tenso
 # First reading: TokenSource, mixture_pattern, shuffled, StagedData.
 # ======================================================================================================================
 
-def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]],
-                 shard_tokens: int = 2 ** 27) -> list[int]:
-    """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .., `split` being train or val. A shard
-    ends with the document that brings it to `shard_tokens`. -> the number of tokens in each."""
-    counts: list[int] = []
-    shard: list[int] = []
-
-    def flush() -> None:
-        (folder / f"{source}-{split}-{len(counts):05d}.bin").write_bytes(np.array(shard, dtype="<u2").tobytes())
-        counts.append(len(shard))
-        shard.clear()
-
-    for ids in documents:
-        shard.extend((1, *ids, 2))  # <s> and </s>; data/prepare.py refuses tokenizers with other ids
-        if len(shard) >= shard_tokens:
-            flush()
-    if shard:
-        flush()
-    return counts
-
-
 class TokenSource:
     """One source's tokens as windows of T consecutive ids. They run on across documents and shards: a window may hold
     the end of one document and the beginning of the next, and attention is not cut between them [C]. What is left at
@@ -1208,6 +1100,14 @@ class TokenData:
             raise DanubeError(f"{self.folder / 'meta.json'} has no list of token counts for source {name!r}, {split}: "
                               "make the data again")
         return TokenSource(self.folder, name, split, counts, self.sequence_length, self.config.vocab_size)
+
+
+def matching_data(folder: str | Path, tokenizer: Tokenizer, config: DanubeConfig, length: int) -> TokenData:
+    """A data folder in rows of `length`, if it was made with this tokenizer."""
+    data = TokenData(folder, config, length)
+    if data.tokenizer.sha256 != tokenizer.sha256:
+        raise DanubeError(f"{folder} was made with another tokenizer than the model's: choose other data")
+    return data
 
 
 def mixture_pattern(weights: dict[str, int], rows: int) -> list[str]:
@@ -1801,79 +1701,29 @@ CHAT_TOKENS = 8_192   # a micro-batch holds at most so many tokens, if one conve
 VALIDATION_CHATS = 0.05  # of the conversations, and at most 256 of them [C]
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a file with one JSON object a line; empty lines are passed over."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # -sig: perhaps with a mark in front
-    except FileNotFoundError as error:
-        raise DanubeError(f"{path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise DanubeError(f"{path} is not UTF-8 text: {error}") from error
-    objects = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            objects += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise DanubeError(f"{path}, line {number}, is not JSON ({error}): mend or remove it") from error
-        if objects and not isinstance(objects[-1], dict):
-            raise DanubeError(f"{path}, line {number}, is not a JSON object in braces: mend or remove it")
-    if not objects:
-        raise DanubeError(f"{path} is empty: it should hold JSON objects, one a line")
-    return objects
-
-
-def check_turns(messages: object, fold_system: bool) -> list[dict[str, str]]:
-    """The messages of a conversation that can be learned from: user and assistant in turn, the user first.
-
-    The published template has no place for a system message [R]. With `fold_system` its text, an empty line after it,
-    begins the first user message [C]."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise DanubeError('"messages" must be a list of at least one {"role": .., "content": ..}')
-    if fold_system and messages[0].get("role") == "system" and len(messages) > 1:
-        system, user, *rest = messages
-        if not isinstance(system.get("content"), str) or not isinstance(user.get("content"), str):
-            raise DanubeError("the system message, or the user's after it, has no text as its content")
-        messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
-    for i, message in enumerate(messages):
-        expected = ("user", "assistant")[i % 2]
-        if message.get("role") == "system":
-            raise DanubeError("System role not supported: remove it, or train with --system fold, which puts its "
-                              "text in front of the first user message")
-        if message.get("role") != expected:
-            raise DanubeError(f"message {i + 1} has the role {message.get('role')!r} where {expected!r} must come: "
-                              "user and assistant take turns, the user first")
-    return messages
-
-
-def conversation_of(item: dict) -> object:
-    """The messages of a line: {"messages": [..]}, or {"text": .., "label": ..}, where the text asks and the label is
-    the answer: to classify is to have a very short conversation."""
-    if "label" not in item:
-        return item.get("messages")
-    return [{"role": "user", "content": item.get("text")}, {"role": "assistant", "content": item["label"]}]
-
-
-def read_conversations(path: str | Path, tokenizer: Tokenizer, context: int,
-                       fold_system: bool = False) -> tuple[list[np.ndarray], str]:
-    """Conversations of a jsonl file, each as one array [2, T] of input_ids and labels, and a line that sums them up.
+def render_conversations(conversations: list[list[dict[str, str]]], tokenizer: Tokenizer, context: int,
+                         source: str | Path) -> tuple[list[np.ndarray], str]:
+    """Conversations, each as one array [2, T] of input_ids and labels, and a line that sums them up. `source`, such as
+    the name of their file, stands in messages.
 
     Each is cut behind its last answer that ends within the context; one that has no such answer is left out.
     """
     rows, answers, cut, dropped = [], 0, 0, 0
-    for number, item in enumerate(tqdm(read_jsonl(path), desc="conversations", leave=False, disable=None), start=1):
+    bar = tqdm(conversations, desc="conversations", leave=False, disable=None)
+    for number, messages in enumerate(bar, start=1):
         try:
-            row = np.array(render_chat(check_turns(conversation_of(item), fold_system), tokenizer), np.int32)  # [2, T]
+            row = np.array(render_chat(messages, tokenizer), np.int32)  # [2, T]
         except DanubeError as error:
-            raise DanubeError(f"{path}, conversation {number}: {error}") from error
+            raise DanubeError(f"{source}, conversation {number}: {error}") from error
         ends = np.flatnonzero(row[1] == tokenizer.pieces.eos_id()) + 1  # a </s> with a label ends an answer
         fitting = ends[ends <= context]
         if len(fitting):
             rows.append(row[:, :fitting[-1]])
         answers, cut, dropped = answers + len(ends), cut + (0 < len(fitting) < len(ends)), dropped + (not len(fitting))
     if not answers:
-        raise DanubeError(f"{path}: no conversation has an answer to learn from: give the assistant something to say")
+        raise DanubeError(f"{source}: no conversation has an answer to learn from: give the assistant something to say")
     if not rows:
-        raise DanubeError(f"{path}: no answer ends within the context of {context} tokens: shorten the conversations")
+        raise DanubeError(f"{source}: no answer ends within the context of {context} tokens: shorten the conversations")
     tokens, labelled = sum(row.shape[1] for row in rows), sum(int((row[1] != IGNORE).sum()) for row in rows)
     return rows, (f"{len(rows):,} conversations, {tokens:,} tokens, {labelled:,} of them in answers; {cut:,} cut to "
                   f"{context:,} tokens, {dropped:,} left out for want of an answer within them")
@@ -1904,23 +1754,28 @@ def chat_recipe(config: DanubeConfig, rows: list[np.ndarray], epochs: int, batch
 
 
 class ChatData:
-    """Conversations as batches, in the manner of StagedData, and a few of them, drawn at random, to measure on.
+    """Conversations, lists of messages, as batches, in the manner of StagedData, and a few of them, drawn at random, to
+    measure on. `source` names them in messages; `sha256` and `fold_system` (how they were read) stand for them when a
+    run is resumed.
 
     A step takes the next `rows_per_step` conversations of a shuffled order, which is a new one in each epoch. Within a
     step the longest come first, so that rows of like length share a micro-batch.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, config: DanubeConfig, epochs: int = 1,
-                 batch_size: int = CHAT_ROWS, lora: bool = False, fold_system: bool = False) -> None:
+    def __init__(self, conversations: list[list[dict[str, str]]], tokenizer: Tokenizer, config: DanubeConfig,
+                 epochs: int = 1, batch_size: int = CHAT_ROWS, lora: bool = False, fold_system: bool = False,
+                 source: str | Path = "conversations", sha256: str = "") -> None:
         if epochs > MAX_REPEATS:
             raise DanubeError(f"--epochs {epochs:,}: more than {MAX_REPEATS} teach nothing: lower it")
-        rows, self.summary = read_conversations(path, tokenizer, config.max_position_embeddings, fold_system)
+        context = config.max_position_embeddings
+        rows, self.summary = render_conversations(conversations, tokenizer, context, source)
         held_out = min(256, math.ceil(VALIDATION_CHATS * len(rows)))
         if len(rows) == held_out:
-            raise DanubeError(f"{path}: one usable conversation is too few: one more is needed to measure the loss on")
+            raise DanubeError(f"{source}: one usable conversation is too few: one more is needed to measure the loss "
+                              "on")
         rows = [rows[shuffled(i, len(rows), "split")] for i in range(len(rows))]
         self.held_out, self.rows = rows[:held_out], rows[held_out:]
-        self.identity = {"chat": file_sha256(path), "fold_system": fold_system}
+        self.identity = {"chat": sha256, "fold_system": fold_system}
         self.recipe = chat_recipe(config, self.rows, epochs, batch_size, lora)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -2037,221 +1892,7 @@ def load_adapter(model: Danube3, folder: Path) -> Danube3:
 
 
 # ======================================================================================================================
-# 11. Evaluation
-#
-# The training loss says that a model learns, not what it can do. Three ways to examine it: how much a text surprises it
-# (perplexity), which of several continuations it finds likeliest (multiple choice, and the labels of texts), and what
-# it says by itself (free answers). Each gives a dict of numbers.
-# First reading: text_perplexity, continuation_log_likelihood, encoded_choice.
-# ======================================================================================================================
-
-def read_text(path: str | Path) -> str:
-    """A text file, whole."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise DanubeError(f"{path} is neither a folder of token shards nor a text file: {error}") from error
-
-
-def windows_of(ids: list[int], context: int, stride: int) -> tuple[Tensor, Tensor]:
-    """A long text as rows of input_ids and labels, 2 x [N, context]: windows that move on by `stride`, in which every
-    token but the first is a label once, after at least context - stride tokens, where there are so many before it. Of
-    ten ids, with context 4 and stride 2, these are labels: 1 2 3, 4 5, 6 7, 8 9."""
-    rows = []
-    for start in range(0, max(1, len(ids) - context + stride), stride):      # up to the window that reaches the end
-        window = np.array(ids[start:start + context])                        # [T]
-        new = np.arange(len(window)) >= (context - stride if start else 1)   # id 0 has nothing before it
-        rows.append(np.stack([window, np.where(new, window, IGNORE)]))       # [2, T]
-    return pad_rows(rows)
-
-
-def text_perplexity(model: Danube3, tokenizer: Tokenizer, text: str) -> dict[str, float]:
-    """exp of the mean loss over all tokens of a text, after <s>. The context is the model's, at most 2,048; windows
-    move on by half of it [C]."""
-    ids = [model.config.bos_token_id, *tokenizer.encode(text)]
-    context = min(2_048, model.config.max_position_embeddings)
-    if len(ids) < 2:
-        raise DanubeError("there is no text to measure")
-    if context < 2:
-        raise DanubeError("a context of one token predicts nothing: choose another model")
-    input_ids, labels = windows_of(ids, context, context // 2)
-    loss = mean_loss(model, input_ids, labels, max(1, LOGIT_TOKENS // context))
-    bits = loss * (len(ids) - 1) / math.log(2)
-    return {"tokens": len(ids) - 1, "context": context, "stride": context // 2, "loss": loss,
-            "perplexity": math.exp(min(loss, 99)), "bits per byte": bits / len(text.encode())}
-
-
-def matching_data(folder: str | Path, tokenizer: Tokenizer, config: DanubeConfig, length: int) -> TokenData:
-    """A data folder in rows of `length`, if it was made with this tokenizer."""
-    data = TokenData(folder, config, length)
-    if data.tokenizer.sha256 != tokenizer.sha256:
-        raise DanubeError(f"{folder} was made with another tokenizer than the model's: choose other data")
-    return data
-
-
-def loss_per_source(model: Danube3, tokenizer: Tokenizer, folder: str | Path) -> dict[str, float]:
-    """Loss on VALIDATION_ROWS rows of each source of a data folder. Rows are half of the model's context, at most
-    2,048, so that the toy is measured as it was trained [C]."""
-    if (context := min(2_048, model.config.max_position_embeddings // 2)) < 2:
-        raise DanubeError("a context of less than four tokens is too short for this: choose another model")
-    data = matching_data(folder, tokenizer, model.config, context)
-    rows = {name: validation_windows(data.open(name, "val")) for name in data.meta["sources"]}
-    return {name: mean_loss(model, ids, ids, max(1, LOGIT_TOKENS // context)) for name, ids in rows.items()}
-
-
-@torch.no_grad()
-def continuation_log_likelihood(model: Danube3, rows: list[tuple[list[int], int]]) -> list[float]:
-    """For each (ids, start): the log-probability of ids[start:] after ids[:start], in natural logarithms.
-
-    Rows of like length go together, the longest first; they are padded on the right, where a causal model does not
-    look: position, not id, says what is padding.
-    """
-    device, results, left = model.device, [0.0] * len(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    bar = tqdm(total=len(rows), desc="choices", leave=False, disable=None)
-    while left:
-        length = len(rows[left[0]][0])
-        size = max(1, LOGIT_TOKENS // length)  # logits are the largest tensor here
-        picks, left = left[:size], left[size:]
-        input_ids = torch.tensor([rows[i][0] + [0] * (length - len(rows[i][0])) for i in picks], device=device)
-        log_p = model(input_ids)[:, :-1].log_softmax(-1)             # [B, T-1, V], at t for the token at t + 1
-        log_p = log_p.gather(-1, input_ids[:, 1:, None])[..., 0]     # [B, T-1], of the token that stands there
-        for i, scores in zip(picks, log_p):
-            ids, start = rows[i]
-            results[i] = scores[start - 1:len(ids) - 1].sum().item()  # scores[t - 1] is that of ids[t]
-        bar.update(len(picks))
-    bar.close()
-    return results
-
-
-def encoded_choice(question: dict, choice: str, tokenizer: Tokenizer, bos: int) -> tuple[list[int], int]:
-    """-> ids of a question with one of its choices, and where the choice begins: at the first id that differs from the
-    question's own encoding, since the two are encoded together, as the model would have met them. A "prompt" is text
-    that goes on; "messages" are a conversation, in which the choice is the answer, with the </s> that ends it."""
-    if "messages" in question:
-        ids, _ = render_chat([*question["messages"], {"role": "assistant", "content": choice}], tokenizer)
-        return ids, first_difference(render_chat(question["messages"], tokenizer, add_generation_prompt=True)[0], ids)
-    ids = [bos, *tokenizer.encode(question["prompt"] + choice)]
-    return ids, first_difference([bos, *tokenizer.encode(question["prompt"])], ids)
-
-
-def asked_turns(question: dict, number: int) -> list[dict[str, str]]:
-    """The "messages" of a question, which must be turns that end with the user."""
-    try:
-        turns = check_turns(question.get("messages"), fold_system=False)
-    except DanubeError as error:
-        raise DanubeError(f"question {number}: {error}") from error
-    if len(turns) % 2 == 0:
-        raise DanubeError(f"question {number} must end with the user")
-    return turns
-
-
-def choice_scores(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> list[list[float]]:
-    """The log-likelihood of every choice of each question, {"prompt" or "messages", "choices"}, summed over tokens."""
-    rows, context = [], model.config.max_position_embeddings
-    for number, question in enumerate(questions, start=1):
-        choices = question.get("choices")
-        if not (("messages" in question or isinstance(question.get("prompt"), str)) and isinstance(choices, list)
-                and choices and all(isinstance(choice, str) for choice in choices)):
-            raise DanubeError(f'question {number} lacks a "prompt" or a list of "choices"')
-        if "messages" in question:
-            asked_turns(question, number)
-        for choice in choices:
-            rows.append(encoded_choice(question, choice, tokenizer, model.config.bos_token_id))
-            if len(rows[-1][0]) > context:
-                raise DanubeError(f"question {number} has {len(rows[-1][0])} tokens, the context {context}: shorten it")
-            if not choice or rows[-1][1] == len(rows[-1][0]):
-                raise DanubeError(f"question {number} has a choice that adds nothing to its prompt: mend it")
-    scores = iter(continuation_log_likelihood(model, rows))
-    return [[next(scores) for _ in question["choices"]] for question in questions]
-
-
-def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
-    """Questions as in choice_scores, with an "answer". acc is the share whose right choice has the highest log-
-    likelihood, acc_stderr its standard error, acc_norm that share by log-likelihood per character, which does not
-    favour short choices (names and definitions are lm-evaluation-harness's); guessing is what chance would give."""
-    for number, question in enumerate(questions, start=1):
-        choices = question.get("choices")
-        answer = question.get("answer")
-        if not isinstance(choices, list) or type(answer) is not int or answer not in range(len(choices)):
-            raise DanubeError(f'question {number} lacks an "answer", the index of the right one of its "choices"')
-    right = []  # by sum, by character
-    for question, scores in zip(questions, choice_scores(model, tokenizer, questions)):
-        per_character = [score / len(choice) for score, choice in zip(scores, question["choices"])]
-        right.append([each.index(max(each)) == question["answer"] for each in (scores, per_character)])
-    acc, acc_norm = np.mean(right, axis=0).tolist()
-    stderr = math.sqrt(acc * (1 - acc) / max(1, len(questions) - 1))
-    guessing = float(np.mean([1 / len(question["choices"]) for question in questions]))
-    return {"questions": len(questions), "acc": acc, "acc_stderr": stderr, "acc_norm": acc_norm, "guessing": guessing}
-
-
-def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> dict[str, float]:
-    """How often the likeliest label of {"text", "label"} items is the right one, all labels of the file being choices:
-    among all items, among those of each label, and the mean of the latter (macro accuracy), in which rare labels count
-    as much as frequent ones."""
-    for number, item in enumerate(items, start=1):
-        if not (isinstance(item.get("text"), str) and isinstance(item.get("label"), str) and item["label"]):
-            raise DanubeError(f'question {number} lacks a "text" or a "label"')
-    labels = sorted({item["label"] for item in items})
-    questions = [{"messages": [{"role": "user", "content": item["text"]}], "choices": labels} for item in items]
-    right: dict[str, list[bool]] = {label: [] for label in labels}
-    for item, scores in zip(items, choice_scores(model, tokenizer, questions)):
-        right[item["label"]].append(labels[scores.index(max(scores))] == item["label"])
-    shares = {f"accuracy on {label}": sum(each) / len(each) for label, each in right.items()}
-    return {"texts": len(items), "accuracy": sum(map(sum, right.values())) / len(items),
-            "macro accuracy": sum(shares.values()) / len(labels), "guessing": 1 / len(labels), **shares}
-
-
-def free_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]], max_new_tokens: int = 64,
-                 batch_size: int = 64) -> list[tuple[str, bool]]:
-    """The model's greedy answer to each conversation, always the likeliest token, and whether it ended by itself."""
-    prompts = [render_chat(messages, tokenizer, add_generation_prompt=True)[0] for messages in conversations]
-    answers, eos = {}, model.config.eos_token_id
-    for length in tqdm(sorted(set(map(len, prompts))), desc="answers", leave=False, disable=None):
-        same = [i for i, prompt in enumerate(prompts) if len(prompt) == length]  # a batch that needs no padding
-        for picks in (same[i:i + batch_size] for i in range(0, len(same), batch_size)):
-            input_ids = torch.tensor([prompts[i] for i in picks], device=model.device)
-            for i, ids in zip(picks, generate(model, input_ids, max_new_tokens).tolist()):
-                end = ids.index(eos, length) if eos in ids[length:] else len(ids)
-                prompt_text = tokenizer.decode(ids[:length])
-                answers[i] = tokenizer.decode(ids[:end])[len(prompt_text):], end < len(ids)
-    return [answers[i] for i in range(len(prompts))]
-
-
-def chat_questions(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
-    """Answers to {"messages", "answer"} questions in free text: the share that hold the right one, as words, by the
-    number of the turn; and the share that end by themselves."""
-    for number, question in enumerate(questions, start=1):
-        asked_turns(question, number)
-        if not isinstance(question.get("answer"), str) or not question["answer"]:
-            raise DanubeError(f'question {number} must have an "answer" that is text')
-    answers = free_answers(model, tokenizer, [question["messages"] for question in questions])
-    right: dict[int, list[bool]] = {}
-    for question, (text, _) in zip(questions, answers):
-        turn = (len(question["messages"]) + 1) // 2
-        found = re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", text)
-        right.setdefault(turn, []).append(bool(found))
-    shares = {f"right in turn {turn}": sum(each) / len(each) for turn, each in sorted(right.items())}
-    return {"questions": len(questions), **shares,
-            "ended by themselves": sum(ended for _, ended in answers) / len(answers)}
-
-
-def evaluate(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> dict[str, float]:
-    """Examine a model on a file of questions (.jsonl), on the validation part of a data folder, or on a text file."""
-    if Path(path).is_dir():
-        return loss_per_source(model, tokenizer, path)
-    if str(path).endswith(".jsonl"):
-        questions = read_jsonl(path)
-        kinds = {"label": classification, "choices": multiple_choice, "messages": chat_questions}
-        ask = next((kinds[key] for key in kinds if key in questions[0]), multiple_choice)
-        try:
-            return ask(model, tokenizer, questions)
-        except DanubeError as error:
-            raise DanubeError(f"{path}: {error}") from error
-    return text_perplexity(model, tokenizer, read_text(path))
-
-
-# ======================================================================================================================
-# 12. Quantization
+# 11. Quantization
 #
 # A trained weight needs far fewer than 16 bits. int8 gives each row of a matrix one scale and each weight one of 255
 # levels; int4 gives every 32 weights a scale and each one of 16 levels. Writing one token means reading every weight
@@ -2483,108 +2124,14 @@ def gptq(weight: Tensor, hessian: Tensor, damping: float = 0.05) -> tuple[Tensor
     return codes, scales.half()
 
 
-def check_quantizable(name: str, weight: Tensor) -> None:
-    """Refuse what codes and scales cannot hold."""
-    if not is_finite(weight):
-        raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
-    if weight.dim() == 2 and weight.shape[1] % GROUP:
-        raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {GROUP}: only models whose "
-                          "sizes are can be quantized")
-    if (largest := weight.abs().amax().item()) > 2 ** 18:  # / 8 or / 127 must be a number of fp16
-        raise DanubeError(f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
-
-
-def gram(x: Tensor) -> Tensor:
-    """Sum of x x^T over all vectors of x [.., K] -> [K, K], fp32"""
-    x = x.flatten(0, -2).float()
-    return x.T @ x
-
-
-@torch.no_grad()
-def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
-    """Quantize layers and head with calibration rows [N, T], in place (as quantized and dequantized again).
-    -> name: (codes, scales)
-
-    The inputs that a matrix is calibrated on come from the already quantized ones before it: later layers make up for
-    the errors of earlier ones. Matrices that read the same input share its hessian. The embedding stays at int8.
-    """
-    decoder, done = model.model, {}
-
-    def quantize(name: str, hessian: Tensor) -> None:
-        if not hessian.isfinite().all():
-            raise DanubeError(f"the inputs of {name} grow beyond fp32 on the calibration data: leave --calibrate out")
-        weight = model.get_parameter(f"{name}.weight")
-        codes, scales = gptq(weight, hessian)
-        weight.copy_(dequantize(pack_int4(codes), scales))
-        done[name] = pack_int4(codes).cpu(), scales.cpu()
-
-    for name, weight in model.named_parameters():
-        check_quantizable(name, weight)
-    decoder.embed_tokens.weight.copy_(dequantize(*quantize_int8(decoder.embed_tokens.weight)))
-    cos, sin = rotary_table(0, rows.shape[1], model.config.head_dim, model.config.rope_theta, model.device)
-    streams = [decoder.embed_tokens(part.to(model.device)) for part in rows.split(batch_size)]  # each [B, T, D]
-    inputs = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
-              ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-    for number, layer in enumerate(tqdm(decoder.layers, desc="GPTQ", unit="layer")):
-        for names in inputs:
-            first = layer.get_submodule(names[0])
-            hessian = torch.zeros(first.in_features, first.in_features, device=model.device)
-
-            def add(_: nn.Module, args: tuple[Tensor], hessian: Tensor = hessian) -> None:
-                hessian.add_(gram(args[0]))
-
-            handle = first.register_forward_pre_hook(add)
-            for stream in streams:
-                layer(stream, cos, sin, None)
-            handle.remove()
-            for name in names:
-                quantize(f"model.layers.{number}.{name}", hessian)
-        for i, stream in enumerate(streams):
-            streams[i] = layer(stream, cos, sin, None)
-    quantize("lm_head", sum((gram(decoder.norm(stream)) for stream in streams), torch.zeros(())))
-    return done
-
-
 def quantize_tensor(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """One matrix, rounded to nearest. -> codes and scales, as QuantizedLinear has them"""
     codes, scales = quantize_int8(weight) if bits == 8 else quantize_int4(weight)
     return (codes, scales) if bits == 8 else (pack_int4(codes), scales)
 
 
-def dense(model: Danube3) -> Danube3:
-    """Put ordinary matrices in place of quantized ones."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantizedLinear):
-            with torch.device("meta"):
-                plain = (nn.Embedding(module.out_features, module.in_features) if isinstance(module, QuantizedEmbedding)
-                         else nn.Linear(module.in_features, module.out_features, bias=False))
-            plain.weight = nn.Parameter(module.weight.to(model.dtype))
-            model.set_submodule(name, plain)
-    return model
-
-
-# A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
-# the rows of q and k, in the order of a rotary embedding that pairs neighbours (2i, 2i+1) where ours pairs halves; and
-# that Q8_0 stores a scale for every 32 weights: here its row's scale, repeated.
-
-def rows_for_gguf(name: str, tensor: Tensor, config: DanubeConfig) -> Tensor:
-    """The rows of q_proj and k_proj as GGUF orders them: of each head 0, h/2, 1, h/2 + 1, ... Others as they are."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None:
-        return tensor
-    halves = tensor.unflatten(0, (heads, 2, config.head_dim // 2))  # [heads, 2, h/2, ..]
-    return halves.transpose(1, 2).flatten(0, 2)                     # [heads h, ..]
-
-
-def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
-    """Codes and scales of a matrix as blocks of 32 weights, each a scale in fp16 and its codes -> bytes [N, ..]"""
-    blocks = codes.view(torch.uint8).unflatten(1, (-1, GROUP if codes.dtype == torch.int8 else GROUP // 2))
-    scales = scales[:, None].expand(blocks.shape[:2]) if codes.dtype == torch.int8 else scales  # [N, K/32]
-    return torch.cat((scales.contiguous().view(torch.uint8).unflatten(1, (-1, 2)), blocks), dim=2).flatten(1).numpy()
-
-
 # ======================================================================================================================
-# 13. Opening a folder
+# 12. Opening a folder
 #
 # A checkpoint of a run, a published folder, a quantized one, adapters beside a base: one function opens them all, and
 # so everything above works on each of them.
@@ -2628,7 +2175,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
 
 
 # ======================================================================================================================
-# 14. Running as a program
+# 13. Running as a program
 #
 # What all programs share: flags, devices, several processes, and errors in one line.
 # First reading: none.

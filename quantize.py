@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import danube3
+import sample
 from danube3 import Danube3, DanubeConfig, DanubeError, Tokenizer
+from data.read import read_text
 
 
 def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, split: str, count: int) -> Tensor:
@@ -30,11 +32,74 @@ def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, sp
         windows = [source.window(i * source.windows // min(share, source.windows))
                    for source in sources for i in range(min(share, source.windows))]
         return torch.from_numpy(np.stack(windows))
-    ids = torch.tensor(tokenizer.encode(danube3.read_text(data)))
+    ids = torch.tensor(tokenizer.encode(read_text(data)))
     ids = ids[:len(ids) * 9 // 10] if split == "train" else ids[len(ids) * 9 // 10:]
     if len(ids) < length:
         raise DanubeError(f"{data} has {len(ids)} tokens to {split} with, less than a row of {length}: use more text")
     return ids[:len(ids) // length * length].view(-1, length)[:count]
+
+
+# ----------------------------------------------------------------------------------------------------------------- GPTQ
+def check_quantizable(name: str, weight: Tensor) -> None:
+    """Refuse what codes and scales cannot hold."""
+    if not danube3.is_finite(weight):
+        raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
+    if weight.dim() == 2 and weight.shape[1] % danube3.GROUP:
+        raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {danube3.GROUP}: only models "
+                          "whose sizes are can be quantized")
+    if (largest := weight.abs().amax().item()) > 2 ** 18:  # / 8 or / 127 must be a number of fp16
+        raise DanubeError(f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
+
+
+def gram(x: Tensor) -> Tensor:
+    """Sum of x x^T over all vectors of x [.., K] -> [K, K], fp32"""
+    x = x.flatten(0, -2).float()
+    return x.T @ x
+
+
+@torch.no_grad()
+def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize layers and head with calibration rows [N, T], in place (as quantized and dequantized again).
+    -> name: (codes, scales)
+
+    The inputs that a matrix is calibrated on come from the already quantized ones before it: later layers make up for
+    the errors of earlier ones. Matrices that read the same input share its hessian. The embedding stays at int8.
+    """
+    decoder, done = model.model, {}
+
+    def quantize(name: str, hessian: Tensor) -> None:
+        if not hessian.isfinite().all():
+            raise DanubeError(f"the inputs of {name} grow beyond fp32 on the calibration data: leave --calibrate out")
+        weight = model.get_parameter(f"{name}.weight")
+        codes, scales = danube3.gptq(weight, hessian)
+        weight.copy_(danube3.dequantize(danube3.pack_int4(codes), scales))
+        done[name] = danube3.pack_int4(codes).cpu(), scales.cpu()
+
+    for name, weight in model.named_parameters():
+        check_quantizable(name, weight)
+    decoder.embed_tokens.weight.copy_(danube3.dequantize(*danube3.quantize_int8(decoder.embed_tokens.weight)))
+    cos, sin = danube3.rotary_table(0, rows.shape[1], model.config.head_dim, model.config.rope_theta, model.device)
+    streams = [decoder.embed_tokens(part.to(model.device)) for part in rows.split(batch_size)]  # each [B, T, D]
+    inputs = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+              ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+    for number, layer in enumerate(tqdm(decoder.layers, desc="GPTQ", unit="layer")):
+        for names in inputs:
+            first = layer.get_submodule(names[0])
+            hessian = torch.zeros(first.in_features, first.in_features, device=model.device)
+
+            def add(_: nn.Module, args: tuple[Tensor], hessian: Tensor = hessian) -> None:
+                hessian.add_(gram(args[0]))
+
+            handle = first.register_forward_pre_hook(add)
+            for stream in streams:
+                layer(stream, cos, sin, None)
+            handle.remove()
+            for name in names:
+                quantize(f"model.layers.{number}.{name}", hessian)
+        for i, stream in enumerate(streams):
+            streams[i] = layer(stream, cos, sin, None)
+    quantize("lm_head", sum((gram(decoder.norm(stream)) for stream in streams), torch.zeros(())))
+    return done
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -81,7 +146,7 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
 
     def quantized() -> Iterator[tuple[str, Tensor]]:
         for name, weight in danube3.checked_weights(source, model):
-            danube3.check_quantizable(name, weight)
+            check_quantizable(name, weight)
             module = name.removesuffix(".weight")
             if not (tensor_bits := danube3.bits_of(module, scheme)):
                 yield name, weight.float()
@@ -100,6 +165,27 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
 
 
 # ----------------------------------------------------------------------------------------------------------- GGUF files
+# A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
+# the rows of q and k, in the order of a rotary embedding that pairs neighbours (2i, 2i+1) where ours pairs halves; and
+# that Q8_0 stores a scale for every 32 weights: here its row's scale, repeated.
+
+def rows_for_gguf(name: str, tensor: Tensor, config: DanubeConfig) -> Tensor:
+    """The rows of q_proj and k_proj as GGUF orders them: of each head 0, h/2, 1, h/2 + 1, ... Others as they are."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return tensor
+    halves = tensor.unflatten(0, (heads, 2, config.head_dim // 2))  # [heads, 2, h/2, ..]
+    return halves.transpose(1, 2).flatten(0, 2)                     # [heads h, ..]
+
+
+def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
+    """Codes and scales of a matrix as blocks of 32 weights, each a scale in fp16 and its codes -> bytes [N, ..]"""
+    size = danube3.GROUP if codes.dtype == torch.int8 else danube3.GROUP // 2  # bytes of its codes
+    blocks = codes.view(torch.uint8).unflatten(1, (-1, size))
+    scales = scales[:, None].expand(blocks.shape[:2]) if codes.dtype == torch.int8 else scales  # [N, K/32]
+    return torch.cat((scales.contiguous().view(torch.uint8).unflatten(1, (-1, 2)), blocks), dim=2).flatten(1).numpy()
+
+
 def gguf_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
     for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
@@ -118,14 +204,14 @@ def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.n
     for name, tensor in danube3.checked_weights(source, model):
         module, _, kind = name.rpartition(".")
         matrix = kind == "weight" and tensor.dim() == 2
-        tensor = danube3.rows_for_gguf(name, tensor.half() if matrix else tensor, config)
+        tensor = rows_for_gguf(name, tensor.half() if matrix else tensor, config)
         if tensor.is_floating_point() and not danube3.is_finite(tensor):
             raise DanubeError(f"{source}: {name} holds values that are not finite, or not in fp16: take an earlier "
                               "checkpoint")
         if kind == "codes":  # stored just before its scales
             codes[module] = tensor
         elif kind == "scales":
-            blocks = danube3.gguf_blocks(codes.pop(module), tensor)
+            blocks = gguf_blocks(codes.pop(module), tensor)
             yield gguf_name(f"{module}.weight"), blocks, "Q8_0" if tensor.dim() == 1 else "Q4_0"
         elif tensor.dim() == 1:
             yield gguf_name(name), tensor.float().numpy(), "F32"
@@ -240,7 +326,7 @@ def compare(folders: dict[str, Path], data: str) -> None:
         speed, bandwidth = measure_decoding(fast)
         perplexity = math.exp(danube3.mean_loss(model.float(), rows, rows, 8))
         first = first or perplexity
-        score = f"{danube3.evaluate(model, tokenizer, quiz)['acc']:.1%}" if quiz.is_file() else "-"
+        score = f"{sample.evaluate(model, tokenizer, quiz)['acc']:.1%}" if quiz.is_file() else "-"
         print(f"{name:8}{size:>16,}{8 * size / danube3.count_parameters(model.config):>13.2f}{perplexity:>12.4f}"
               f"{perplexity / first - 1:>9.2%}{speed:>10.1f}{bandwidth / 1e9:>7.2f}  {score}")
 
@@ -287,7 +373,7 @@ def quantize(source: Path, out: Path, bits: int,
     if args.calibrate and bits == 4:
         model, tokenizer = danube3.load_checkpoint(source, danube3.pick_device(args.device or "auto"), torch.float32)
         rows = sample_rows(args.calibrate, tokenizer, model.config, "train", args.samples or 512)
-        done = danube3.gptq_model(model, rows)
+        done = gptq_model(model, rows)
     return quantize_folder(source, out, bits, done)
 
 

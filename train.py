@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -10,11 +11,28 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 import danube3
 import sample
 from danube3 import ChatData, Danube3, DanubeConfig, DanubeError, Recipe, StagedData, Tokenizer
 from data import toy
+from data.read import read_conversations
+
+
+def remix(recipe: Recipe, order: str) -> Recipe:
+    """The same tokens of every source in another order, to put the report's idea to the test: "staged" is as it stands,
+    "reversed" begins with the last stage, and "constant" gives every stage the mixture of the whole run."""
+    if order == "reversed":
+        return replace(recipe, stages=recipe.stages[::-1])
+    if order == "constant":
+        unit = math.gcd(*(stage.tokens for stage in recipe.stages))  # whole numbers, which nothing rounds
+        scale = math.lcm(*(sum(stage.mixture.values()) for stage in recipe.stages))
+        # tokens of a source in the whole run, in proportion: sum over stages of tokens times share
+        overall = {name: sum(stage.tokens // unit * stage.mixture[name] * (scale // sum(stage.mixture.values()))
+                             for stage in recipe.stages) for name in recipe.stages[0].mixture}
+        return replace(recipe, stages=tuple(replace(stage, mixture=overall) for stage in recipe.stages))
+    return recipe
 
 
 # ---------------------------------------------------------------------------------------------------- the plan of a run
@@ -182,7 +200,20 @@ def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData
         ids = danube3.generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
         print(f"--- a sample\n{tokenizer.decode(ids)}")
     if quiz.is_file():
-        print(f"--- {quiz}\n{sample.as_table(danube3.evaluate(model, tokenizer, quiz))}")
+        print(f"--- {quiz}\n{sample.as_table(sample.evaluate(model, tokenizer, quiz))}")
+
+
+def dense(model: Danube3) -> Danube3:
+    """Put ordinary matrices in place of quantized ones."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, danube3.QuantizedLinear):
+            with torch.device("meta"):
+                plain = (nn.Embedding(module.out_features, module.in_features)
+                         if isinstance(module, danube3.QuantizedEmbedding)
+                         else nn.Linear(module.in_features, module.out_features, bias=False))
+            plain.weight = nn.Parameter(module.weight.to(model.dtype))
+            model.set_submodule(name, plain)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
@@ -257,7 +288,7 @@ def plan(args: argparse.Namespace, config: DanubeConfig, recipe: Recipe,
 def pretraining(args: argparse.Namespace, base: Path | None) -> tuple[Danube3, Tokenizer, StagedData]:
     """-> model, tokenizer, data"""
     name = args.config or "toy"
-    config, recipe = danube3.CONFIGS[name], danube3.remix(danube3.RECIPES[name], args.mixture or "staged")
+    config, recipe = danube3.CONFIGS[name], remix(danube3.RECIPES[name], args.mixture or "staged")
     config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
     recipe, folder = adjusted(recipe, args), args.data or Path("data", name)
     if recipe.sequence_length > config.max_position_embeddings:
@@ -292,8 +323,9 @@ def chat(args: argparse.Namespace, base: Path, device: torch.device) -> tuple[Da
         raise DanubeError(f"{base} is a folder of adapters: --lora needs a whole model (--merge writes one)")
     dtype = danube3.compute_dtype(device) if args.lora else torch.float32
     model, tokenizer = danube3.load_checkpoint(base, dtype=dtype)
-    data = ChatData(args.chat, tokenizer, model.config, args.epochs or 1, args.batch_size or danube3.CHAT_ROWS,
-                    bool(args.lora), bool(args.system))
+    conversations = read_conversations(args.chat, bool(args.system))
+    data = ChatData(conversations, tokenizer, model.config, args.epochs or 1, args.batch_size or danube3.CHAT_ROWS,
+                    bool(args.lora), bool(args.system), args.chat, danube3.file_sha256(args.chat))
     data.recipe = adjusted(data.recipe, args)
     danube3.say(data.summary)
     if args.dry_run:
@@ -331,7 +363,7 @@ def main() -> int:
     if rank or not finished:
         return 0 if finished else 130  # the rest is the first process's work
     if args.merge:
-        whole = danube3.dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
+        whole = dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
         danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)
     quiz = (data.data.folder / "quiz.jsonl" if isinstance(data, StagedData)
             else args.chat.with_name(f"{args.chat.stem}-quiz.jsonl"))

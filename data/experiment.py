@@ -26,6 +26,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/experiment.py` finds danube3
 import danube3  # noqa: E402
+import sample  # noqa: E402
+from data.read import read_jsonl  # noqa: E402
 
 ORDERS = ("staged", "constant", "reversed")
 OUTCOMES = {  # column: what it is
@@ -60,16 +62,16 @@ def one_run(args: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
     train(args, base, "--data", str(data), "--mixture", order, "--seed", str(seed), *tokens)
     train(args, chat, "--chat", str(data / "chat.jsonl"), "--init", str(base), "--seed", str(seed))
     model, tokenizer = danube3.load_checkpoint(base)
-    questions = danube3.read_jsonl(data / "statements.jsonl")
-    scores = danube3.choice_scores(model, tokenizer, questions)
+    questions = read_jsonl(data / "statements.jsonl")
+    scores = sample.choice_scores(model, tokenizer, questions)
     picks = [each.index(max(each)) for each in scores]
-    talk = danube3.evaluate(*danube3.load_checkpoint(chat), data / "chat-quiz.jsonl")
+    talk = sample.evaluate(*danube3.load_checkpoint(chat), data / "chat-quiz.jsonl")
     return {"order": order, "seed": seed,
             "statements": mean(pick == question["answer"] for pick, question in zip(picks, questions)),
             "rumours": mean(pick == question["rumour"] for pick, question in zip(picks, questions)),
-            "quiz": danube3.evaluate(model, tokenizer, data / "quiz.jsonl")["acc"],
+            "quiz": sample.evaluate(model, tokenizer, data / "quiz.jsonl")["acc"],
             "chat_first": talk["right in turn 1"], "chat_second": talk["right in turn 2"],
-            **{f"loss_{name}": loss for name, loss in danube3.evaluate(model, tokenizer, data).items()}}
+            **{f"loss_{name}": loss for name, loss in sample.evaluate(model, tokenizer, data).items()}}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

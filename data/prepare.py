@@ -51,6 +51,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/prepare.py` finds danube3
 import danube3  # noqa: E402
 from danube3 import DanubeError  # noqa: E402
+from data.read import check_turns  # noqa: E402
+from data.toy import train_tokenizer  # noqa: E402
 
 OPEN = {  # what stands in for the report's six sources, whose texts are not published [C]
     "web": "hub:HuggingFaceFW/fineweb",
@@ -212,7 +214,7 @@ def json_documents(record: Record, field: str) -> Iterator[str | list[dict]]:
     if not isinstance(row.get(field), str):
         if row.get("messages") is None:
             raise DanubeError(f'there is no text under "{field}": mend it, or name the field with --text-field')
-        yield danube3.check_turns(row["messages"], fold_system=True)
+        yield check_turns(row["messages"], fold_system=True)
         return
     try:
         rest = row[field].encode()
@@ -493,7 +495,7 @@ def provide_tokenizer(found: danube3.Tokenizer | int, sources: list[Source], pat
     if not path.is_file():
         partial = path.with_name("tokenizer.model.partial")
         if isinstance(found, int):
-            danube3.train_tokenizer(itertools.chain.from_iterable(map(sample_pieces, sources)), found, partial)
+            train_tokenizer(itertools.chain.from_iterable(map(sample_pieces, sources)), found, partial)
         else:
             shutil.copyfile(found.model_file, partial)
         danube3.sync(partial)

@@ -7,17 +7,20 @@ other half stands in statements, tables and descriptions only, and the quizzes a
 that half: whoever answers them has read, and not learned questions by heart. One seed makes one world, on every
 machine.
 """
+import io
 import itertools
 import json
 import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import sentencepiece
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/toy.py` finds danube3
@@ -597,6 +600,44 @@ VALIDATION_TOKENS = 8_000
 VOCABULARY = danube3.CONFIGS["toy"].vocab_size
 
 
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> danube3.Tokenizer:
+    """Train a tokenizer with the Mistral tokenizer's settings, except that longer sentences may come, and write it to
+    `model_file`. One thread and no path in the file: the same texts give the same bytes."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, character_coverage=0.99995, max_sentence_length=1_000_000,
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+    except RuntimeError as error:
+        raise danube3.DanubeError(f"no tokenizer of {vocab_size} pieces can be trained on this text ({error}): use "
+                                  "more text, or another vocabulary size") from error
+    model_file.write_bytes(model.getvalue())
+    return danube3.Tokenizer(model_file)
+
+
+def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]],
+                 shard_tokens: int = 2 ** 27) -> list[int]:
+    """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .., `split` being train or val. A shard
+    ends with the document that brings it to `shard_tokens`. -> the number of tokens in each."""
+    counts: list[int] = []
+    shard: list[int] = []
+
+    def flush() -> None:
+        (folder / f"{source}-{split}-{len(counts):05d}.bin").write_bytes(np.array(shard, dtype="<u2").tobytes())
+        counts.append(len(shard))
+        shard.clear()
+
+    for ids in documents:
+        shard.extend((1, *ids, 2))  # <s> and </s>; data/prepare.py refuses tokenizers with other ids
+        if len(shard) >= shard_tokens:
+            flush()
+    if shard:
+        flush()
+    return counts
+
+
 def collect(tokenizer: danube3.Tokenizer, texts: Iterator[str], tokens: int) -> Iterator[list[int]]:
     """Ids of texts, until there are `tokens` of them with <s> and </s>."""
     total = 0
@@ -612,13 +653,13 @@ def make(folder: str | Path, seed: int = 0, web_truth: float = WEB_TRUTH) -> Non
     with danube3.atomic_folder(Path(folder)) as partial:
         samples = (text for source in SOURCES for text in itertools.islice(
             documents(world, source, random.Random(f"{seed}/tokenizer/{source}")), 500))
-        tokenizer = danube3.train_tokenizer(samples, VOCABULARY, partial / "tokenizer.model")
+        tokenizer = train_tokenizer(samples, VOCABULARY, partial / "tokenizer.model")
         counts: dict[str, dict[str, list[int]]] = {source: {} for source in SOURCES}
         bar = tqdm(total=len(SOURCES) * 2, desc="toy world", unit="part", leave=False)
         for source, split in itertools.product(SOURCES, ("train", "val")):
             texts = documents(world, source, random.Random(f"{seed}/{split}/{source}"))
             tokens = TRAIN_TOKENS[source] if split == "train" else VALIDATION_TOKENS
-            counts[source][split] = danube3.write_shards(partial, source, split, collect(tokenizer, texts, tokens))
+            counts[source][split] = write_shards(partial, source, split, collect(tokenizer, texts, tokens))
             bar.update()
         bar.close()
         talk = itertools.islice(conversations(world, random.Random(f"{seed}/chat")), 4_000)

@@ -16,6 +16,8 @@ from sklearn.pipeline import make_pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import danube3  # noqa: E402
+import sample  # noqa: E402
+from data.read import read_jsonl  # noqa: E402
 
 
 def baseline(train: list[dict], test: list[dict]) -> tuple[float, float]:
@@ -36,9 +38,9 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", help="models that were taught on it")
     args = parser.parse_args()
     quiz = args.texts.with_name(f"{args.texts.stem}-quiz.jsonl")
-    rows = [("TF-IDF and logistic regression", *baseline(danube3.read_jsonl(args.texts), danube3.read_jsonl(quiz)))]
+    rows = [("TF-IDF and logistic regression", *baseline(read_jsonl(args.texts), read_jsonl(quiz)))]
     for folder in args.folders:
-        results = danube3.evaluate(*danube3.load_checkpoint(folder), quiz)
+        results = sample.evaluate(*danube3.load_checkpoint(folder), quiz)
         rows.append((folder, results["accuracy"], results["macro accuracy"]))
     for name, accuracy, macro in rows:
         print(f"{name:40} accuracy {accuracy:.4f}  macro accuracy {macro:.4f}")

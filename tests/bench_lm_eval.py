@@ -3,7 +3,7 @@
     python tests/bench_lm_eval.py CHECKPOINT QUIZ.jsonl
 
 The harness (`pip install "lm-eval[hf]"`) opens the unchanged folder by transformers, with its tokenizer, and scores the
-quiz as a task in its own format; ours scores it by danube3.choice_scores. Compared are the log-likelihood of every
+quiz as a task in its own format; ours scores it by sample.choice_scores. Compared are the log-likelihood of every
 choice, and the chosen answer: by their sum (`acc`) and by the sum over the choice's number of characters (`acc_norm`).
 With --write FOLDER the task file stays there for the harness's own command, which is printed. Exit code 1 if anything
 differs.
@@ -22,6 +22,8 @@ sys.path[:0] = [str(ROOT)]
 import torch  # noqa: E402
 
 import danube3  # noqa: E402
+import sample  # noqa: E402
+from data.read import read_jsonl  # noqa: E402
 
 TASK = """task: danube3_quiz
 dataset_path: json
@@ -58,7 +60,7 @@ def our_scores(checkpoint, questions):
     model, tokenizer = danube3.load_checkpoint(checkpoint, dtype=torch.float32)
     if unlike := [i for i, question in enumerate(questions, start=1) if not split_alike(tokenizer, question)]:
         sys.exit(f"questions {unlike} cannot be compared: let prompts end with a word, choices begin with their space")
-    scores = danube3.choice_scores(model, tokenizer, questions)
+    scores = sample.choice_scores(model, tokenizer, questions)
     return [each.index(max(each)) for each in scores], scores
 
 
@@ -94,7 +96,7 @@ def main():
         import lm_eval  # noqa: F401
     except ImportError as error:
         sys.exit(f'{error}: pip install "lm-eval[hf]"')
-    checkpoint, questions = danube3.find_checkpoint(args.checkpoint), danube3.read_jsonl(args.quiz)
+    checkpoint, questions = danube3.find_checkpoint(args.checkpoint), read_jsonl(args.quiz)
     picks, ours = our_scores(checkpoint, questions)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.write or Path(temporary)

@@ -25,6 +25,7 @@ import torch  # noqa: E402
 
 import danube3  # noqa: E402
 import quantize  # noqa: E402
+from data import toy  # noqa: E402
 
 CONFIG = danube3.DanubeConfig(
     hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
@@ -40,10 +41,10 @@ def trained(out, tokens):
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
         random.Random(0).shuffle(texts)
         with danube3.atomic_folder(data_folder) as folder:
-            tokenizer = danube3.train_tokenizer(texts, CONFIG.vocab_size, folder / "tokenizer.model")
+            tokenizer = toy.train_tokenizer(texts, CONFIG.vocab_size, folder / "tokenizer.model")
             ids = [tokenizer.encode(text) for text in texts]
             parts = {"train": ids[len(ids) // 10 :], "val": ids[: len(ids) // 10]}
-            counts = {"web": {split: danube3.write_shards(folder, "web", split, part) for split, part in parts.items()}}
+            counts = {"web": {split: toy.write_shards(folder, "web", split, part) for split, part in parts.items()}}
             meta = {"sources": counts, "vocab_size": CONFIG.vocab_size, "tokenizer_sha256": tokenizer.sha256}
             (folder / "meta.json").write_text(json.dumps(meta))
     stages = (danube3.Stage("all", tokens, {"web": 1}),)
@@ -107,7 +108,7 @@ def main():
     base = math.exp(danube3.mean_loss(model, rows, rows, 8))
     print(f"{danube3.count_parameters(CONFIG):,} parameters, {rows.numel():,} tokens; fp32 perplexity {base:.4f}")
 
-    done = danube3.gptq_model(danube3.load_checkpoint(source)[0], calibration)
+    done = quantize.gptq_model(danube3.load_checkpoint(source)[0], calibration)
     for name, (bits, found) in {"int8": (8, {}), "int4": (4, {}), "int4 GPTQ": (4, done)}.items():
         folder = args.out / name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)

@@ -44,7 +44,7 @@ import danube3  # noqa: E402
 import quantize  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import prepare  # noqa: E402
+from data import prepare, toy  # noqa: E402
 
 TEXT = "Ada lives in Marrow. Brook has 9 geese;  he keeps none: \u00e9t\u00e9 \U0001f600 <s> </s>. Celia plays harp."
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -181,12 +181,12 @@ def write_data(folder: Path, seed: int) -> None:
     """Two shards of each of the six sources, and conversations."""
     rng = random.Random(seed)
     with danube3.atomic_folder(folder) as partial:
-        tokenizer = danube3.train_tokenizer([TEXT, f"{seed} {TEXT}"] * 3, 320, partial / "tokenizer.model")
+        tokenizer = toy.train_tokenizer([TEXT, f"{seed} {TEXT}"] * 3, 320, partial / "tokenizer.model")
         counts = {name: {} for name in danube3.SOURCES}
         for name in counts:
             for split, documents in (("train", 40), ("val", 8)):
                 ids = [[rng.randrange(3, 320) for _ in range(30)] for _ in range(documents)]
-                counts[name][split] = danube3.write_shards(partial, name, split, ids, shard_tokens=700)
+                counts[name][split] = toy.write_shards(partial, name, split, ids, shard_tokens=700)
         meta = {"sources": counts, "vocab_size": 320, "tokenizer_sha256": tokenizer.sha256}
         (partial / "meta.json").write_text(json.dumps(meta))
         words = TEXT.split()

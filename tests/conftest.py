@@ -115,7 +115,9 @@ def seeded():
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     """330 pieces, the size of TINY's vocabulary."""
-    return danube3.train_tokenizer(SENTENCES * 3, 330, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+    from data import toy
+
+    return toy.train_tokenizer(SENTENCES * 3, 330, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,11 @@
     python tests/exercises.py sliding-window                is your danube3.py right? (exit code 0: yes, 1: not yet)
     python tests/exercises.py break-norm test_a test_b      the same, with the tests that you expect to fail
 
-"Build it": add to danube3.py what the text asks for. "Break it" (the names that begin with break-): first write down
-which of TESTS will fail after the change and why, then make the change and check the prediction. Begin each exercise
-from the plain file, on a branch of its own. The checks compute each result again from its definition, slowly and
-without a look at your code (but those of break-, which look for the changed line). A docstring here is the exercise;
-what follows it is its check.
+"Build it": add to danube3.py, or to the file that the text names, what it asks for. "Break it" (the names that begin
+with break-): first write down which of TESTS will fail after the change and why, then make the change and check the
+prediction. Begin each exercise from the plain files, on a branch of its own. The checks compute each result again from
+its definition, slowly and without a look at your code (but those of break-, which look for the changed line). A
+docstring here is the exercise; what follows it is its check.
 """
 
 import argparse
@@ -99,9 +99,24 @@ def random_model(danube3, **changes):
     return model.double().eval()
 
 
+def beside(danube3, name):
+    """Another file of danube3's folder, "data.read", "sample" or "quantize", as a module that knows this danube3."""
+    folder = Path(danube3.__file__).parent
+    with unittest.mock.patch.dict(sys.modules, danube3=danube3):
+        for each in ("data.read", "sample", "quantize"):  # each may import those before it
+            spec = importlib.util.spec_from_file_location(each, folder / f"{each.replace('.', '/')}.py")
+            module = sys.modules[each] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            if each == name:
+                return module
+
+
 def small_tokenizer(danube3, folder):
+    with unittest.mock.patch.object(sys, "path", [str(ROOT), *sys.path]):
+        from data import toy
     texts = ["Ada lives in Marrow.", "Where does Brook keep 12 geese?", "She has none, and he has 7 of them."] * 4
-    return danube3.train_tokenizer(texts, 290, Path(folder) / "tokenizer.model")
+    toy.train_tokenizer(texts, 290, Path(folder) / "tokenizer.model")
+    return danube3.Tokenizer(Path(folder) / "tokenizer.model")
 
 
 def refuses(danube3, call, *arguments):
@@ -140,11 +155,12 @@ def third_role(danube3):
 
     Messages may have the role "tool", with the marker <|tool|>. A tool speaks after the user or after another tool,
     and in the end the assistant answers. The model reads a tool's text and does not learn it. Change CHAT_MARKERS,
-    CHAT_TEMPLATE and check_turns; render_chat may be right already. In everything else the order stays as strict as
-    it is.
+    CHAT_TEMPLATE and check_turns (in data/read.py); render_chat may be right already. In everything else the order
+    stays as strict as it is.
     Hint: in check_turns, what may come depends on the message before, no longer on the number of the message.
     Observe: what would a model do with the marker if it had never met it in training?
     """
+    check_turns = beside(danube3, "data.read").check_turns
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = small_tokenizer(danube3, folder)
     roles = ("user", "tool", "tool", "assistant", "user", "assistant")
@@ -152,7 +168,7 @@ def third_role(danube3):
     markers = {"user": "<|prompt|>", "assistant": "<|answer|>", "tool": "<|tool|>"}
     try:
         ids, labels = danube3.render_chat(messages, tokenizer)
-        need(danube3.check_turns(messages, False) == messages, "check_turns should give the messages back as they are")
+        need(check_turns(messages, False) == messages, "check_turns should give the messages back as they are")
     except danube3.DanubeError as error:
         raise NotYet(f"user, tool, tool, assistant, user, assistant is refused: {error}") from error
     turns = [tokenizer.encode(markers[m["role"]] + m["content"]) + [2] for m in messages]
@@ -165,7 +181,7 @@ def third_role(danube3):
     for bad in (("tool", "assistant"), ("user", "assistant", "tool", "assistant"), ("user", "tool", "user"),
                 ("user", "assistant", "assistant"), ("assistant",), ("user", "user", "assistant")):
         turned = [{"role": role, "content": "x"} for role in bad]
-        need(refuses(danube3, danube3.check_turns, turned, False), f"{', '.join(bad)} should be refused")
+        need(refuses(danube3, check_turns, turned, False), f"{', '.join(bad)} should be refused")
     text = jinja2.Template(danube3.CHAT_TEMPLATE).render(messages=messages, eos_token="</s>")
     need(text == "".join(markers[m["role"]] + m["content"] + "</s>" for m in messages),
          "CHAT_TEMPLATE does not write the conversation as render_chat does")
@@ -429,38 +445,6 @@ def beam_search(danube3):
                                            f"{texts[0][1][5:]}, not {got[0][5:]}")
 
 
-@exercise("5 Generation", 45)
-def undo(danube3):
-    """Take back the last question.
-
-    Write a method undo() of Conversation: the last question and its answer are forgotten, in `exchanges`, `messages`
-    and cache, as if they had never been. If there is none, it raises a DanubeError.
-    Hint: generate_tokens trusts the cache. How much of it is still true?
-    Observe: make it a command of talk in sample.py, /undo.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = small_tokenizer(danube3, folder)
-    model = random_model(danube3, vocab_size=290, max_position_embeddings=256)
-    find(danube3.Conversation, "undo")
-
-    def said(conversation, *questions):
-        return [list(conversation.answer(conversation.make_room(question)[0])) for question in questions]
-
-    for temperature in (0.0, 1.0):
-        changed, straight = (danube3.Conversation(model, tokenizer, 6, temperature=temperature, seed=3) for _ in "ab")
-        need(refuses(danube3, changed.undo), "with nothing to take back, undo should raise a DanubeError")
-        said(changed, "Where does Ada live?", "Who has 12 geese, and who has none of them?")
-        changed.undo()
-        left, counted = sum(map(len, changed.exchanges)), changed.kv_cache.length
-        need(counted <= left, f"after undo the cache counts {counted} tokens, and {left} are left")
-        answers = said(changed, "Where?", "And she?"), said(straight, "Where does Ada live?", "Where?", "And she?")
-        need(answers[0] == answers[1][1:], "after undo the answers are not those of a dialogue without the question")
-        for name in ("exchanges", "messages"):
-            need(getattr(changed, name) == getattr(straight, name), f"after undo `{name}` is not what it should be")
-        need_close(changed.kv_cache.kv[..., :changed.kv_cache.length, :],
-                   straight.kv_cache.kv[..., :straight.kv_cache.length, :], "the cache holds something else")
-
-
 # ------------------------------------------------------------------------------------------------------- 6 Checkpoints
 
 @exercise("6 Checkpoints", 20)
@@ -672,58 +656,9 @@ def two_adapters(danube3):
         need_close(both(x), x @ (base.weight + correction).T, f"ranks {ranks}, weights {weights}", 1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------- 11 Evaluation
+# ------------------------------------------------------------------------------------------------------ 11 Quantization
 
-@exercise("11 Evaluation", 30)
-def calibration(danube3):
-    """Does 70 % sure mean right in 70 of 100 cases?
-
-    Write calibration_error(confidence, right, bins=10) -> float, for lists of probabilities and of True and False.
-    Bin b holds the answers with b / bins <= confidence < (b + 1) / bins, and the last one those with confidence 1 as
-    well. The error is the mean, over all answers, of the distance between the mean confidence and the share of right
-    answers in their bin. Empty bins count for nothing.
-    Hint: a bin with more answers has more weight.
-    Observe: on the toy quiz, with softmax over the scores of choice_scores as confidence, before and after --chat.
-    """
-    error, draw = find(danube3, "calibration_error"), np.random.default_rng(1)
-    for bins, count in ((10, 200), (7, 31), (1, 20), (10, 0)):
-        confidence = [*(draw.random(count) ** 0.3).tolist(), 0.0, 0.45, 0.5, 0.95, 1.0]
-        right = [*(draw.random(count) < 0.6).tolist(), True, False, True, False, True]
-        expected = 0.0
-        for b in range(bins):
-            end = (b + 1) / bins if b < bins - 1 else 1.1
-            members = [i for i, c in enumerate(confidence) if b / bins <= c < end]
-            if members:
-                gap = np.mean([confidence[i] for i in members]) - np.mean([right[i] for i in members])
-                expected += abs(gap) * len(members) / len(confidence)
-        need_close(error(confidence, right, bins), expected, f"the error of {count + 5} answers in {bins} bins", 1e-9)
-
-
-@exercise("11 Evaluation", 20)
-def paired_difference(danube3):
-    """Is one model better than another?
-
-    Write paired_difference(right_a, right_b) -> (difference, standard error), for two lists of True and False, the
-    answers of two models to the same questions. The difference is that of the two shares; its standard error is the
-    standard deviation (with n - 1) of the differences of the single answers, over the root of n.
-    Hint: what do two models have in common that answer the same questions right?
-    Observe: what would the root of the sum of the two squared standard errors say about two toys?
-    """
-    compare_answers, draw = find(danube3, "paired_difference"), np.random.default_rng(2)
-    for n in (2, 17, 216):
-        a = draw.random(n) < 0.7
-        b = np.where(draw.random(n) < 0.8, a, ~a)
-        differences = [int(x) - int(y) for x, y in zip(a, b)]
-        mean = sum(differences) / n
-        error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-        difference, stderr = compare_answers(a.tolist(), b.tolist())
-        need_close(difference, mean, f"the difference over {n} questions", 1e-9)
-        need_close(stderr, error, f"the standard error over {n} questions", 1e-9)
-
-
-# ----------------------------------------------------------------------------------------------------- 12 Quantization
-
-@exercise("12 Quantization", 60)
+@exercise("11 Quantization", 60)
 def asymmetric_int4(danube3):
     """Four bits from the smallest to the largest weight.
 
@@ -752,15 +687,100 @@ def asymmetric_int4(danube3):
     need((np.abs(groups - values) <= nearest + 1e-6).all(), "some codes are not those of the nearest value")
 
 
-@exercise("12 Quantization", 20)
+# ------------------------------------------------------------------------------------------------------------ sample.py
+
+@exercise("sample.py", 45)
+def undo(danube3):
+    """Take back the last question.
+
+    Write a method undo() of Conversation in sample.py: the last question and its answer are forgotten, in `exchanges`,
+    `messages` and cache, as if they had never been. If there is none, it raises a DanubeError.
+    Hint: generate_tokens trusts the cache. How much of it is still true?
+    Observe: make it a command of talk, /undo.
+    """
+    Conversation = beside(danube3, "sample").Conversation
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = small_tokenizer(danube3, folder)
+    model = random_model(danube3, vocab_size=290, max_position_embeddings=256)
+    find(Conversation, "undo")
+
+    def said(conversation, *questions):
+        return [list(conversation.answer(conversation.make_room(question)[0])) for question in questions]
+
+    for temperature in (0.0, 1.0):
+        changed, straight = (Conversation(model, tokenizer, 6, temperature=temperature, seed=3) for _ in "ab")
+        need(refuses(danube3, changed.undo), "with nothing to take back, undo should raise a DanubeError")
+        said(changed, "Where does Ada live?", "Who has 12 geese, and who has none of them?")
+        changed.undo()
+        left, counted = sum(map(len, changed.exchanges)), changed.kv_cache.length
+        need(counted <= left, f"after undo the cache counts {counted} tokens, and {left} are left")
+        answers = said(changed, "Where?", "And she?"), said(straight, "Where does Ada live?", "Where?", "And she?")
+        need(answers[0] == answers[1][1:], "after undo the answers are not those of a dialogue without the question")
+        for name in ("exchanges", "messages"):
+            need(getattr(changed, name) == getattr(straight, name), f"after undo `{name}` is not what it should be")
+        need_close(changed.kv_cache.kv[..., :changed.kv_cache.length, :],
+                   straight.kv_cache.kv[..., :straight.kv_cache.length, :], "the cache holds something else")
+
+
+@exercise("sample.py", 30)
+def calibration(danube3):
+    """Does 70 % sure mean right in 70 of 100 cases?
+
+    Write calibration_error(confidence, right, bins=10) -> float, in sample.py, for lists of probabilities and of True
+    and False.
+    Bin b holds the answers with b / bins <= confidence < (b + 1) / bins, and the last one those with confidence 1 as
+    well. The error is the mean, over all answers, of the distance between the mean confidence and the share of right
+    answers in their bin. Empty bins count for nothing.
+    Hint: a bin with more answers has more weight.
+    Observe: on the toy quiz, with softmax over the scores of choice_scores as confidence, before and after --chat.
+    """
+    error, draw = find(beside(danube3, "sample"), "calibration_error"), np.random.default_rng(1)
+    for bins, count in ((10, 200), (7, 31), (1, 20), (10, 0)):
+        confidence = [*(draw.random(count) ** 0.3).tolist(), 0.0, 0.45, 0.5, 0.95, 1.0]
+        right = [*(draw.random(count) < 0.6).tolist(), True, False, True, False, True]
+        expected = 0.0
+        for b in range(bins):
+            end = (b + 1) / bins if b < bins - 1 else 1.1
+            members = [i for i, c in enumerate(confidence) if b / bins <= c < end]
+            if members:
+                gap = np.mean([confidence[i] for i in members]) - np.mean([right[i] for i in members])
+                expected += abs(gap) * len(members) / len(confidence)
+        need_close(error(confidence, right, bins), expected, f"the error of {count + 5} answers in {bins} bins", 1e-9)
+
+
+@exercise("sample.py", 20)
+def paired_difference(danube3):
+    """Is one model better than another?
+
+    Write paired_difference(right_a, right_b) -> (difference, standard error), in sample.py, for two lists of True and
+    False, the answers of two models to the same questions. The difference is that of the two shares; its standard
+    error is the standard deviation (with n - 1) of the differences of the single answers, over the root of n.
+    Hint: what do two models have in common that answer the same questions right?
+    Observe: what would the root of the sum of the two squared standard errors say about two toys?
+    """
+    compare_answers, draw = find(beside(danube3, "sample"), "paired_difference"), np.random.default_rng(2)
+    for n in (2, 17, 216):
+        a = draw.random(n) < 0.7
+        b = np.where(draw.random(n) < 0.8, a, ~a)
+        differences = [int(x) - int(y) for x, y in zip(a, b)]
+        mean = sum(differences) / n
+        error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+        difference, stderr = compare_answers(a.tolist(), b.tolist())
+        need_close(difference, mean, f"the difference over {n} questions", 1e-9)
+        need_close(stderr, error, f"the standard error over {n} questions", 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------- quantize.py
+
+@exercise("quantize.py", 20)
 def rows_from_gguf(danube3):
     """The way back from a GGUF file.
 
-    Write rows_from_gguf(name, tensor, config) -> tensor: the reverse of rows_for_gguf.
+    Write rows_from_gguf(name, tensor, config) -> tensor, in quantize.py: the reverse of rows_for_gguf.
     Hint: is the order 0, h/2, 1, h/2 + 1, .. its own reverse?
     Observe: leave q_proj and k_proj of a trained toy in the order of GGUF, and let it speak.
     """
-    back = find(danube3, "rows_from_gguf")
+    back = find(beside(danube3, "quantize"), "rows_from_gguf")
     for H, K, h in ((6, 2, 10), (4, 1, 4), (3, 3, 6)):
         config = small_config(danube3, num_attention_heads=H, num_key_value_heads=K, head_dim=h)
         for name, heads in (("q_proj", H), ("k_proj", K), ("v_proj", K)):
@@ -829,8 +849,10 @@ def verdict(name, danube3, *predicted):
     except NotYet as sentence:
         return str(sentence)
     except Exception as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == danube3.__file__]
-        place = f" in line {frames[-1].lineno} of danube3.py" if frames else ""
+        folder = Path(danube3.__file__).parent
+        own = [folder / name for name in ("danube3.py", "data/read.py", "sample.py", "quantize.py")]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) in own]
+        place = f" in line {frames[-1].lineno} of {Path(frames[-1].filename).relative_to(folder)}" if frames else ""
         return f"your code ended with {type(error).__name__}{place}: {(str(error).splitlines() or [''])[0]}"
     return None
 

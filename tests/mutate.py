@@ -1,4 +1,4 @@
-"""Do the tests notice? `python tests/mutate.py` changes danube3.py by one token at a time, and tests the result.
+"""Do the tests notice? `python tests/mutate.py` changes our files by one token at a time, and tests the result.
 
 A mutant is one small change of the syntax tree inside the functions in TARGETS: another operator, sign, comparison or
 constant, an index off by one, a flipped flag, a dropped call, two swapped arguments. A mutant that passes all the fast
@@ -27,6 +27,7 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     ChatData LoRALinear add_lora merge_lora
     quantize_int8 quantize_int4 pack_int4 unpack_int4 dequantize DequantizedMatmul QuantizedLinear
     QuantizedEmbedding search_scales gptq gptq_model gguf_blocks rows_for_gguf""".split()
+MODULES = ("danube3", "sample", "quantize")  # which hold them
 FILES = "kernels twins model data config tokenizer training checkpoint chat quantize".split()
 FAST_TESTS = [f"tests/test_{name}.py" for name in FILES]
 SLOW = """published 4b twenty command kill interrupt resum overwritten flags finite bf16 compiled validation
@@ -126,9 +127,9 @@ def replace_node(tree, old, new):
                 value[:] = [new if item is old else item for item in value]
 
 
-def survives(source, seconds, name=""):
-    """Run the fast tests on a mutant in a forked process, which has everything but danube3 imported already; first
-    the files that speak of what was changed."""
+def survives(module_name, source, seconds, name=""):
+    """Run the fast tests on a mutant of a module in a forked process, which has everything but our modules imported
+    already; first the files that speak of what was changed."""
     tests = sorted(FAST_TESTS, key=lambda path: name.split(".")[0] not in Path(path).read_text())
     child = os.fork()
     if child == 0:
@@ -137,9 +138,9 @@ def survives(source, seconds, name=""):
         code = 1
         try:
             import pytest
-            module = types.ModuleType("danube3")
-            sys.modules["danube3"] = module
-            exec(compile(source, "danube3.py", "exec"), module.__dict__)
+            module = types.ModuleType(module_name)
+            sys.modules[module_name] = module
+            exec(compile(source, f"{module_name}.py", "exec"), module.__dict__)
             code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", FAST, *tests]))
         finally:
             os._exit(code)
@@ -163,8 +164,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="count them, run nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
-    source = (ROOT / "danube3.py").read_text()
-    found = list(mutants(source, args.only))
+    sources = {module: (ROOT / f"{module}.py").read_text() for module in MODULES}
+    found = [(module, *mutant) for module, source in sources.items() for mutant in mutants(source, args.only)]
     if args.sample:
         found = random.Random(args.seed).sample(found, min(args.sample, len(found)))
     part, parts = map(int, args.part.split("/"))
@@ -180,14 +181,14 @@ def main():
     import transformers.models.llama.modeling_llama  # noqa: F401
     torch.set_num_threads(1)
     start, survivors = time.monotonic(), []
-    original = ast.unparse(ast.parse(source))
-    assert survives(original, 600), "the unchanged file fails its own tests"
+    original = ast.unparse(ast.parse(sources["danube3"]))
+    assert survives("danube3", original, 600), "the unchanged file fails its own tests"
     limit = 3 * (time.monotonic() - start) + 20
-    lines = source.splitlines()
-    for number, (name, line, kind, mutated) in enumerate(found, start=1):
-        if survives(mutated, limit, name):
+    for number, (module, name, line, kind, mutated) in enumerate(found, start=1):
+        if survives(module, mutated, limit, name):
             survivors.append((name, line, kind))
-            print(f"survived: {name}:{line} {kind}: {lines[line - 1].strip()[:100]}", flush=True)
+            text = sources[module].splitlines()[line - 1].strip()[:100]
+            print(f"survived: {module}.{name}:{line} {kind}: {text}", flush=True)
         if number % 20 == 0:
             seconds = time.monotonic() - start
             print(f"  {number} of {len(found)}, {len(survivors)} survived, {seconds:.0f} s", flush=True)

@@ -1,12 +1,15 @@
-"""For teachers: a solution of each exercise of exercises.py, as replacements in danube3.py.
+"""For teachers: a solution of each exercise of exercises.py, as replacements in FILES.
 
-SOLUTIONS: name: [(old text, which occurs once, new text), ..]. FAILS: the tests that a "break it" change makes fail.
-Shorter than a good answer would be: without docstrings, and as simple as can be.
+SOLUTIONS: name: [(old text, which occurs once in all of them, new text), ..]. FAILS: the tests that a "break it"
+change makes fail. Shorter than a good answer would be: without docstrings, and as simple as can be.
 """
 
 
+FILES = ("danube3.py", "sample.py", "quantize.py", "data/read.py")
+
+
 def before(line, code):
-    """Code to be written above a line of danube3.py."""
+    """Code to be written above a line."""
     return line, code.strip("\n") + "\n\n\n" + line
 
 
@@ -117,7 +120,7 @@ def average_weights(folders):
             mean[name] = mean.get(name, 0) + weight.float() / len(folders)
     return mean
 """)],
-    "fourth-stage": [before("def remix(", """
+    "fourth-stage": [before("SOURCES = (", """
 def with_stage(recipe, name, tokens, mixture):
     *others, last = recipe.stages
     if last.tokens <= tokens:
@@ -249,10 +252,10 @@ FAILS = {
 }
 
 
-def solved(source, name):
-    """The text of danube3.py with the solution of an exercise in it."""
+def solved(sources, name):
+    """The texts of FILES, by file, with the solution of an exercise in them."""
     for old, new in SOLUTIONS[name]:
-        if source.count(old) != 1:
-            raise ValueError(f"{name}: this should occur once in danube3.py, not {source.count(old)} times: {old}")
-        source = source.replace(old, new)
-    return source
+        if (count := sum(text.count(old) for text in sources.values())) != 1:
+            raise ValueError(f"{name}: this should occur once in {', '.join(FILES)}, not {count} times: {old}")
+        sources = {file: text.replace(old, new) for file, text in sources.items()}
+    return sources

@@ -24,6 +24,8 @@ from conftest import ROOT, SENTENCES, TINY, call, one_line_error, random_model, 
 
 import danube3
 import quantize
+import sample
+from data.read import read_conversations, read_jsonl
 
 TALKS = [
     [("Where does Ada live?", "Ada lives in Marrow.")],
@@ -42,6 +44,11 @@ def messages_of(talk):
 def write_jsonl(path, items):
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return path
+
+
+def rows_of(path, tokenizer, context, fold_system=False):
+    """A file of conversations as train.py takes it: read, then made rows of. -> rows, summary"""
+    return danube3.render_conversations(read_conversations(path, fold_system), tokenizer, context, path)
 
 
 @pytest.fixture
@@ -85,7 +92,7 @@ def test_no_user_text_is_ever_a_control_token(tokenizer):
 
 def test_loss_and_gradients_equal_transformers(tokenizer, tmp_path, chat_file):
     """Eight conversations of uneven length: in one batch, in 4 accumulated ones and one by one, to 1e-5."""
-    rows, _ = danube3.read_conversations(chat_file, tokenizer, 256)
+    rows, _ = rows_of(chat_file, tokenizer, 256)
     config = dataclasses.replace(TINY, max_position_embeddings=256)
     input_ids, labels = danube3.pad_rows(rows[:8])
     assert len(set(map(lambda row: row.shape[1], rows[:8]))) > 3
@@ -128,7 +135,8 @@ def test_what_follows_the_last_label_is_not_computed(tokenizer):
 
 def test_batches_of_conversations(tokenizer, chat_file):
     """Each epoch takes every conversation once in an order of its own; the held-out ones never come."""
-    data = danube3.ChatData(chat_file, tokenizer, dataclasses.replace(TINY, max_position_embeddings=256), 3, 5)
+    config = dataclasses.replace(TINY, max_position_embeddings=256)
+    data = danube3.ChatData(read_conversations(chat_file), tokenizer, config, 3, 5)
     recipe = data.recipe
     assert len(data.rows) == 38 and len(data.held_out) == 2 and recipe.rows_per_step == 5
     assert recipe.stage_ends == [8, 16, 23] and [s.name for s in recipe.stages] == [
@@ -174,7 +182,7 @@ def test_long_conversations_are_cut_between_turns(tokenizer, tmp_path):
     unanswered = [{"role": "user", "content": "Hello?"}]
     talks = [messages_of(TALKS[0]), long, hopeless, unanswered, messages_of(TALKS[0]) + unanswered]
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages} for messages in talks])
-    rows, summary = danube3.read_conversations(path, tokenizer, 60)
+    rows, summary = rows_of(path, tokenizer, 60)
     whole, cut = (danube3.render_chat(messages, tokenizer) for messages in (talks[0], long[:2]))
     assert [row.tolist() for row in rows] == [list(whole), list(cut), list(whole)]
     tokens, labelled = sum(row.shape[1] for row in rows), sum((row[1] != danube3.IGNORE).sum() for row in rows)
@@ -182,18 +190,18 @@ def test_long_conversations_are_cut_between_turns(tokenizer, tmp_path):
         f"3 conversations, {tokens} tokens, {labelled} of them in answers; 1 cut to 60 tokens, 2 left"
     )
     exact = len(whole[0])
-    assert len(danube3.read_conversations(path, tokenizer, exact)[0]) >= 2
+    assert len(rows_of(path, tokenizer, exact)[0]) >= 2
     one = write_jsonl(tmp_path / "one.jsonl", [{"messages": talks[0]}])
     with pytest.raises(danube3.DanubeError, match="no answer ends within"):
-        danube3.read_conversations(one, tokenizer, exact - 1)
+        rows_of(one, tokenizer, exact - 1)
 
 
 def test_system_messages(tokenizer, tmp_path):
     system = {"role": "system", "content": "Be brief."}
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [system, *messages_of(TALKS[0])]}])
     with pytest.raises(danube3.DanubeError, match="System role not supported.*--system fold"):
-        danube3.read_conversations(path, tokenizer, 256)
-    rows, _ = danube3.read_conversations(path, tokenizer, 256, fold_system=True)
+        rows_of(path, tokenizer, 256)
+    rows, _ = rows_of(path, tokenizer, 256, fold_system=True)
     folded = messages_of([("Be brief.\n\nWhere does Ada live?", "Ada lives in Marrow.")])
     assert rows[0].tolist() == list(danube3.render_chat(folded, tokenizer))
 
@@ -316,7 +324,7 @@ def test_adapters_that_cannot_be_used(change, words, base, tokenizer, tmp_path):
 # -------------------------------------------------------------------------------------------------- runs, fp16, resume
 def start(out, base, tokenizer, chat_file, lora, resume=False):
     model, _ = danube3.load_checkpoint(base)
-    data = danube3.ChatData(chat_file, tokenizer, model.config, 2, 8, bool(lora))
+    data = danube3.ChatData(read_conversations(chat_file), tokenizer, model.config, 2, 8, bool(lora))
     data.recipe = dataclasses.replace(data.recipe, save_every=3)
     if lora:
         danube3.add_lora(model, lora, 0)
@@ -602,7 +610,7 @@ def greedy_answer(model, tokenizer, messages, n=12):
 def test_the_cache_of_one_answer_serves_the_next(tokenizer, monkeypatch):
     """Three questions: the ids of each answer are those of a model that reads the whole dialogue anew."""
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=200))
-    talk, history = danube3.Conversation(model, tokenizer, 6, temperature=0.0), []
+    talk, history = sample.Conversation(model, tokenizer, 6, temperature=0.0), []
     fed = []
     monkeypatch.setattr(
         model.model, "forward", lambda ids, cache, f=model.model.forward: (fed.append(ids.shape[1]), f(ids, cache))[1]
@@ -623,7 +631,7 @@ def test_the_cache_of_one_answer_serves_the_next(tokenizer, monkeypatch):
 
 def test_the_oldest_are_forgotten(tokenizer):
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=128))
-    talk, dropped = danube3.Conversation(model, tokenizer, 10, temperature=0.0), []
+    talk, dropped = sample.Conversation(model, tokenizer, 10, temperature=0.0), []
     for n in range(8):
         question, forgotten = talk.make_room(f"Where does Ada live now, number {n}?")
         list(talk.answer(question))
@@ -642,7 +650,7 @@ def test_the_oldest_are_forgotten(tokenizer):
 
 def test_an_interrupted_answer_stays_in_the_dialogue(tokenizer):
     """Its end is put in, so that the next question does not continue it."""
-    talk = danube3.Conversation(random_model(dataclasses.replace(TINY, eos_token_id=2)), tokenizer, 20, temperature=0.0)
+    talk = sample.Conversation(random_model(dataclasses.replace(TINY, eos_token_id=2)), tokenizer, 20, temperature=0.0)
     question, _ = talk.make_room("x")
     pieces = talk.answer(question)
     next(pieces), next(pieces)
@@ -662,7 +670,7 @@ def test_talking_through_a_pipe(long_base, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.split("\n")) >= 3 and ">" not in result.stdout[:1]
-    saved = danube3.read_jsonl(tmp_path / "a.jsonl")
+    saved = read_jsonl(tmp_path / "a.jsonl")
     assert [m["role"] for m in saved[0]["messages"]] == ["user", "assistant"] and saved[0]["messages"][0][
         "content"
     ] == "Hello"
@@ -733,7 +741,7 @@ def test_free_answers_are_those_of_single_prompts(tokenizer):
     conversations = [messages_of(talk)[:-1] for talk in TALKS] * 2 + [
         [{"role": "user", "content": s}] for s in SENTENCES
     ]
-    answers = danube3.free_answers(model, tokenizer, conversations, 12, batch_size=3)
+    answers = sample.free_answers(model, tokenizer, conversations, 12, batch_size=3)
     for messages, (text, ended) in zip(conversations, answers):
         ids, did_end = greedy_answer(model, tokenizer, messages)
         prompt = danube3.render_chat(messages, tokenizer, add_generation_prompt=True)[0]
@@ -750,20 +758,20 @@ def test_free_answers_are_those_of_single_prompts(tokenizer):
 )
 def test_scores_of_the_chat_quiz(answers, score, tokenizer, tmp_path, monkeypatch):
     """An answer is right if it holds the entity as whole words."""
-    monkeypatch.setattr(danube3, "free_answers", lambda *args: [(text, i > 0) for i, text in enumerate(answers)])
+    monkeypatch.setattr(sample, "free_answers", lambda *args: [(text, i > 0) for i, text in enumerate(answers)])
     one, two = messages_of(TALKS[0])[:1], messages_of(TALKS[1])[:3]
     items = [{"messages": m, "answer": a} for m, a in ((one, "Oxley"), (one, "the horn"), (two, "the horn"))]
     path = write_jsonl(tmp_path / "quiz.jsonl", items)
-    results = danube3.evaluate(random_model(TINY), tokenizer, path)
+    results = sample.evaluate(random_model(TINY), tokenizer, path)
     assert results == {
         "questions": 3, "right in turn 1": score[0], "right in turn 2": score[1], "ended by themselves": 2 / 3
     }  # fmt: skip
     write_jsonl(path, [{"messages": one}])
     with pytest.raises(danube3.DanubeError, match='question 1 must have an "answer" that is text'):
-        danube3.evaluate(random_model(TINY), tokenizer, path)
+        sample.evaluate(random_model(TINY), tokenizer, path)
     write_jsonl(path, [{"messages": messages_of(TALKS[0]), "answer": "x"}])
     with pytest.raises(danube3.DanubeError, match="question 1 must end with the user"):
-        danube3.evaluate(random_model(TINY), tokenizer, path)
+        sample.evaluate(random_model(TINY), tokenizer, path)
 
 
 def test_help_names_every_flag_of_chat():

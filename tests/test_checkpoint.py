@@ -12,6 +12,7 @@ import torch
 from conftest import SENTENCES, TINY, NoData, call, digest, one_line_error, random_model, transformers_model
 
 import danube3
+import sample
 
 
 @pytest.fixture
@@ -311,26 +312,26 @@ def test_multiple_choice_by_hand(saved):
             log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
         expected.append(scores.index(max(scores)))
-    scores = danube3.choice_scores(model, tokenizer, questions)
+    scores = sample.choice_scores(model, tokenizer, questions)
     assert [each.index(max(each)) for each in scores] == expected
     asked = []
     with pytest.MonkeyPatch.context() as patch:  # only the choice is scored, not the prompt
         patch.setattr(
-            danube3, "continuation_log_likelihood", lambda model, rows: asked.extend(rows) or [0.0] * len(rows)
+            sample, "continuation_log_likelihood", lambda model, rows: asked.extend(rows) or [0.0] * len(rows)
         )
-        danube3.choice_scores(model, tokenizer, questions[:1])
+        sample.choice_scores(model, tokenizer, questions[:1])
     assert [tokenizer.decode(ids[start:]) for ids, start in asked[:2]] == ["lives", "keeps geese"]
     for ids, start in asked:
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
         by_hand = sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids)))
-        assert danube3.continuation_log_likelihood(model, [(ids, start)]) == pytest.approx([by_hand], abs=1e-4)
+        assert sample.continuation_log_likelihood(model, [(ids, start)]) == pytest.approx([by_hand], abs=1e-4)
     rows = [(tokenizer.encode_prompt(text), 1) for text in ("Ada lives in Marrow.", "She", "He keeps 2 geese")]
-    alone = [danube3.continuation_log_likelihood(model, [row])[0] for row in rows]
-    assert danube3.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
+    alone = [sample.continuation_log_likelihood(model, [row])[0] for row in rows]
+    assert sample.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
     with pytest.raises(danube3.DanubeError, match="question 1 lacks"):
-        danube3.choice_scores(model, tokenizer, [{"prompt": "x"}])
+        sample.choice_scores(model, tokenizer, [{"prompt": "x"}])
     with pytest.raises(danube3.DanubeError, match="question 2 has a choice that adds nothing"):
-        danube3.choice_scores(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
+        sample.choice_scores(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
     user = [{"role": "user", "content": "Where?"}]
     for question, words in (
         ({"messages": user, "choices": ["", "y"]}, "question 1 has a choice that adds nothing"),
@@ -341,11 +342,11 @@ def test_multiple_choice_by_hand(saved):
         ({"prompt": "x", "choices": ["x"], "answer": True}, 'lacks an "answer"'),
     ):
         with pytest.raises(danube3.DanubeError, match=words):
-            danube3.multiple_choice(model, tokenizer, [{"answer": 0, **question}])
+            sample.multiple_choice(model, tokenizer, [{"answer": 0, **question}])
     with pytest.raises(danube3.DanubeError, match='question 2 lacks an "answer"'):
-        danube3.multiple_choice(model, tokenizer, [questions[0], {**questions[1], "answer": 3}])
+        sample.multiple_choice(model, tokenizer, [questions[0], {**questions[1], "answer": 3}])
     with pytest.raises(danube3.DanubeError, match='question 1 lacks an "answer"'):
-        danube3.multiple_choice(model, tokenizer, [{**questions[0], "choices": 5}])
+        sample.multiple_choice(model, tokenizer, [{**questions[0], "choices": 5}])
 
 
 @pytest.mark.parametrize("line", ["5", "{}", '{"step": "3"}', "\udcff", '{"step": 1, "lo'])
@@ -379,7 +380,7 @@ def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def test_windows_of_a_text():
     """The docstring's example, with nine ids: no window more than is needed, and none less."""
-    input_ids, labels = danube3.windows_of(list(range(9)), 4, 2)
+    input_ids, labels = sample.windows_of(list(range(9)), 4, 2)
     assert input_ids.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 0]]
     assert labels.tolist() == [[-100, 1, 2, 3], [-100, -100, 4, 5], [-100, -100, 6, 7], [-100, -100, 8, -100]]
 
@@ -397,7 +398,7 @@ def test_perplexity_by_hand(length, saved, monkeypatch):
         start = next(begin for begin in range(0, length, stride) if position < begin + context)
         log_p = model(torch.tensor([ids[start:position]]))[0, -1].log_softmax(-1)
         losses.append(-log_p[ids[position]].item())
-    results = danube3.text_perplexity(model, tokenizer, text)
+    results = sample.text_perplexity(model, tokenizer, text)
     assert results["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert (results["tokens"], results["context"], results["stride"]) == (length - 1, 64, 32)
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]))
@@ -410,13 +411,13 @@ def test_shares_of_multiple_choice(monkeypatch):
         {"prompt": "p", "choices": [" a", " long choice"], "answer": answer, "scores": scores}
         for answer, scores in ((0, [-1.0, -3.0]), (1, [-1.0, -3.0]), (1, [-4.0, -3.0]), (0, [-1.0, -20.0]))
     ]
-    monkeypatch.setattr(danube3, "choice_scores", lambda model, tokenizer, asked: [each["scores"] for each in asked])
-    results = danube3.multiple_choice(None, None, questions)
+    monkeypatch.setattr(sample, "choice_scores", lambda model, tokenizer, asked: [each["scores"] for each in asked])
+    results = sample.multiple_choice(None, None, questions)
     assert results["acc"] == 0.75 and results["acc_norm"] == 0.75 and results["questions"] == 4
     assert results["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3)) and results["guessing"] == 0.5
-    assert danube3.multiple_choice(None, None, questions[:2])["acc_norm"] == 0.5
-    assert danube3.multiple_choice(None, None, questions[1:3])["acc"] == 0.5
-    assert danube3.multiple_choice(None, None, questions[1:3])["acc_norm"] == 1.0
+    assert sample.multiple_choice(None, None, questions[:2])["acc_norm"] == 0.5
+    assert sample.multiple_choice(None, None, questions[1:3])["acc"] == 0.5
+    assert sample.multiple_choice(None, None, questions[1:3])["acc_norm"] == 1.0
 
 
 def test_examinations_from_the_command_line(saved, tmp_path, toy_data):
@@ -456,7 +457,7 @@ def test_classification_by_hand(saved, tmp_path):
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
         right.setdefault(item["label"], []).append(labels[scores.index(max(scores))] == item["label"])
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    results = danube3.evaluate(model, tokenizer, tmp_path / "texts.jsonl")
+    results = sample.evaluate(model, tokenizer, tmp_path / "texts.jsonl")
     assert results["texts"] == len(items) and results["guessing"] == pytest.approx(1 / 3)
     assert results["accuracy"] == pytest.approx(sum(map(sum, right.values())) / len(items))
     shares = {label: sum(each) / len(each) for label, each in right.items()}
@@ -466,7 +467,7 @@ def test_classification_by_hand(saved, tmp_path):
     for bad in ({"text": 5, "label": "x"}, {"text": "x", "label": ""}, {"label": "x"}):
         (tmp_path / "texts.jsonl").write_text(json.dumps(items[0]) + "\n" + json.dumps(bad) + "\n")
         with pytest.raises(danube3.DanubeError, match="question 2 lacks"):
-            danube3.evaluate(model, tokenizer, tmp_path / "texts.jsonl")
+            sample.evaluate(model, tokenizer, tmp_path / "texts.jsonl")
 
 
 def test_choices_as_answers_in_a_conversation(saved):
@@ -478,7 +479,7 @@ def test_choices_as_answers_in_a_conversation(saved):
         {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "2?"},
     ]
-    scores = danube3.choice_scores(model, tokenizer, [{"messages": talk, "choices": ["3", "three geese"]}])[0]
+    scores = sample.choice_scores(model, tokenizer, [{"messages": talk, "choices": ["3", "three geese"]}])[0]
     for choice, score in zip(["3", "three geese"], scores):
         ids, labels = danube3.render_chat([*talk, {"role": "assistant", "content": choice}], tokenizer)
         first = danube3.render_chat(talk, tokenizer)[0]

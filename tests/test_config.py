@@ -271,7 +271,7 @@ def test_short_counts():
 @pytest.mark.parametrize("order", ["staged", "constant", "reversed"])
 def test_every_order_has_the_same_tokens_of_each_source(name, order):
     recipe = danube3.RECIPES[name]
-    other = danube3.remix(recipe, order)
+    other = train.remix(recipe, order)
 
     def tokens(recipe):
         shares = [(stage, Fraction(stage.tokens, sum(stage.mixture.values()))) for stage in recipe.stages]

@@ -15,6 +15,7 @@ import torch
 from conftest import SENTENCES, TINY
 
 import danube3
+from data import toy
 
 T = 16
 
@@ -35,7 +36,7 @@ def write_data(folder, tokenizer, tokens, shard_tokens=100):
                 left -= length + 2
 
         counts[name] = {
-            split: danube3.write_shards(folder, name, split, documents(split), shard_tokens)
+            split: toy.write_shards(folder, name, split, documents(split), shard_tokens)
             for split in ("train", "val")
         }
         assert sum(counts[name]["train"]) == count
@@ -234,7 +235,7 @@ def damage(folder, how):
         del meta["sources"]["b"]
         (folder / "meta.json").write_text(json.dumps(meta))
     elif how == "other tokenizer":
-        other = danube3.train_tokenizer(SENTENCES[::2] * 3, 300, folder / "tokenizer.model")
+        other = toy.train_tokenizer(SENTENCES[::2] * 3, 300, folder / "tokenizer.model")
         assert other.sha256 != meta["tokenizer_sha256"]
     elif how == "small vocabulary":
         return dataclasses.replace(TINY, vocab_size=300)

@@ -1,4 +1,4 @@
-"""The exercises: the plain danube3.py is not accepted, the solution is, and a plausible mistake is not."""
+"""The exercises: the plain files are not accepted, the solution is, and a plausible mistake is not."""
 
 import re
 import sys
@@ -8,11 +8,11 @@ import pytest
 import solutions
 from conftest import ROOT, call
 
-SOURCE = (ROOT / "danube3.py").read_text(encoding="utf-8")
+SOURCES = {file: (ROOT / file).read_text(encoding="utf-8") for file in solutions.FILES}
 BREAKS = [name for name in exercises.EXERCISES if name.startswith("break-")]
 BUILDS = [name for name in exercises.EXERCISES if name not in BREAKS]
 
-# name: (in the solved danube3.py, the mistake, words of the verdict)
+# name: (in the solved files, the mistake, words of the verdict)
 MISTAKES = [
     ("cache-bytes", "2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim\n",
      "2 * config.num_hidden_layers * config.hidden_size\n", "take"),
@@ -86,19 +86,20 @@ def modules_as_before():
 
 @pytest.fixture
 def load(tmp_path):
-    """Writes a changed danube3.py and imports it."""
-    def load(source):
-        (tmp_path / "danube3.py").write_text(source, encoding="utf-8")
+    """Writes changed files and imports danube3.py."""
+    def load(sources):
+        for file, text in sources.items():
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text(text, encoding="utf-8")
         return exercises.load(tmp_path / "danube3.py")
 
     return load
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    before, folder = sys.modules["danube3"], tmp_path_factory.mktemp("plain")
-    (folder / "danube3.py").write_text(SOURCE, encoding="utf-8")
-    module = exercises.load(folder / "danube3.py")
+def plain():
+    before = sys.modules["danube3"]
+    module = exercises.load(ROOT / "danube3.py")
     sys.modules["danube3"] = before
     return module
 
@@ -111,30 +112,30 @@ def test_the_plain_file_is_not_accepted(name, plain):
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_the_solution_is_accepted(name, load):
-    assert exercises.verdict(name, load(solutions.solved(SOURCE, name))) is None
+    assert exercises.verdict(name, load(solutions.solved(SOURCES, name))) is None
 
 
 def test_all_solutions_at_once(load):
     """Whoever goes on in one file is not led astray either."""
-    source = SOURCE
+    sources = SOURCES
     for name in BUILDS:
-        source = solutions.solved(source, name)
-    danube3 = load(source)
+        sources = solutions.solved(sources, name)
+    danube3 = load(sources)
     assert [(name, sentence) for name in BUILDS if (sentence := exercises.verdict(name, danube3))] == []
 
 
 @pytest.mark.parametrize("name, right, wrong, words", MISTAKES, ids=[f"{i}-{m[0]}" for i, m in enumerate(MISTAKES)])
 def test_a_mistake_is_not_accepted(name, right, wrong, words, load):
-    source = solutions.solved(SOURCE, name)
-    assert source.count(right) == 1, "the mistake does not fit the solution"
-    sentence = exercises.verdict(name, load(source.replace(right, wrong)))
+    sources = solutions.solved(SOURCES, name)
+    assert sum(text.count(right) for text in sources.values()) == 1, "the mistake does not fit the solution"
+    sentence = exercises.verdict(name, load({file: text.replace(right, wrong) for file, text in sources.items()}))
     assert sentence and "\n" not in sentence and words in sentence, sentence
 
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_predictions(name, load):
     """The tests that the teachers' list names fail, and no others; too many, too few and none are not right."""
-    danube3, fails = load(solutions.solved(SOURCE, name)), solutions.FAILS[name]
+    danube3, fails = load(solutions.solved(SOURCES, name)), solutions.FAILS[name]
     assert exercises.verdict(name, danube3, *fails) is None
     passes = "test_cross_entropy"
     for predicted, words in (([*fails, passes], f"you named {len(fails)}, and 1 "), ([], "name the tests"),
@@ -145,8 +146,9 @@ def test_predictions(name, load):
 def test_every_exercise_is_there():
     assert set(solutions.SOLUTIONS) == set(exercises.EXERCISES) and set(solutions.FAILS) == set(BREAKS)
     assert len({name for name, *_ in MISTAKES}) > len(BUILDS) / 2
-    sections = re.findall(r"^# (\d+)\. ", SOURCE, re.MULTILINE)
-    assert {section.split()[0] for _, section, _ in exercises.EXERCISES.values()} == set(sections) - {"13", "14"}
+    sections = re.findall(r"^# (\d+)\. ", SOURCES["danube3.py"], re.MULTILINE)
+    expected = set(sections) - {"12", "13"} | {"sample.py", "quantize.py"}
+    assert {section.split()[0] for _, section, _ in exercises.EXERCISES.values()} == expected
     for function, _, _ in exercises.EXERCISES.values():
         assert "\n\n" in function.__doc__ and ("Observe:" in function.__doc__ or "Which tests fail" in function.__doc__)
 

@@ -17,6 +17,7 @@ from conftest import TINY, call, one_line_error, random_model
 
 import danube3
 import quantize
+import train
 
 EVEN = dataclasses.replace(  # sizes that groups of 32 divide, with more query heads than key heads
     TINY, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
@@ -86,12 +87,12 @@ def test_blocks_are_those_of_gguf():
     weight = some_weight(64, 32)
     weight[2], weight[5] = weight[6], weight[0]  # fp16's subnormal scales are ours alone
     for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
-        blocks = danube3.gguf_blocks(*danube3.quantize_tensor(weight, bits))
+        blocks = quantize.gguf_blocks(*danube3.quantize_tensor(weight, bits))
         np.testing.assert_array_equal(blocks, gguf.quants.quantize(weight.numpy(), kind))
     wide = some_weight(16, 160)
     for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
         codes, scales = danube3.quantize_tensor(wide, bits)
-        values = gguf.quants.dequantize(danube3.gguf_blocks(codes, scales), kind)
+        values = gguf.quants.dequantize(quantize.gguf_blocks(codes, scales), kind)
         np.testing.assert_array_equal(values, danube3.dequantize(codes, scales).numpy())
 
 
@@ -166,7 +167,7 @@ def test_gptq_of_a_model_takes_its_inputs_from_quantized_layers():
         "self_attn.v_proj": "self_attn.q_proj",
         "mlp.up_proj": "mlp.gate_proj",
     }
-    done = danube3.gptq_model(model, rows, batch_size=4)
+    done = quantize.gptq_model(model, rows, batch_size=4)
     embedding = expected.model.embed_tokens.weight.data
     embedding.copy_(danube3.dequantize(*danube3.quantize_int8(embedding)))
     assert torch.equal(model.model.embed_tokens.weight, embedding)
@@ -239,7 +240,7 @@ def test_a_quantized_folder(bits, even, tmp_path):
     plain, ids = random_model(EVEN), torch.randint(3, 330, (2, 9))
     plain.load_state_dict(weights)
     torch.testing.assert_close(model(ids), plain(ids), rtol=1e-4, atol=1e-4)
-    dense = danube3.dense(danube3.load_checkpoint(tmp_path / "q")[0])
+    dense = train.dense(danube3.load_checkpoint(tmp_path / "q")[0])
     assert set(dense.state_dict()) == set(plain.state_dict()) and torch.equal(dense(ids), plain(ids))
     packed, _ = danube3.load_checkpoint(tmp_path / "q", pack=True)
     assert (packed(ids) - plain(ids)).abs().max() < 0.05 * plain(ids).abs().max()
@@ -318,7 +319,7 @@ def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
         name.removesuffix(".weight"): gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2).get_name(name, (".weight",))
         for name in random_model(EVEN).state_dict()
     }
-    model = danube3.dense(danube3.load_checkpoint(folder)[0])
+    model = train.dense(danube3.load_checkpoint(folder)[0])
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert set(tensors) == set(names.values())
     for name, weight in model.state_dict().items():
@@ -412,7 +413,7 @@ def test_what_cannot_be_quantized(tokenizer, even, tmp_path, monkeypatch):
     )
     assert "neither a folder" in line
     with pytest.raises(danube3.DanubeError, match=r"up_proj\.weight holds 3e\+06, too large"):
-        danube3.gptq_model(model, torch.randint(3, 330, (2, 8)))
+        quantize.gptq_model(model, torch.randint(3, 330, (2, 8)))
     with pytest.raises(danube3.DanubeError, match="not finite, or not in fp16"):
         quantize.write_gguf(folder, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("m.gguf*"))
@@ -440,7 +441,7 @@ def test_gptq_of_a_group_without_weights():
     """Zeros and one number that is nearly zero: their scale is 0, and the rest of the row as if they were not there."""
     weight, inputs = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)), torch.randn(200, 96)
     weight[1, :32] = 0
-    hessian, plain = danube3.gram(inputs), danube3.gptq(weight, danube3.gram(inputs))
+    hessian, plain = quantize.gram(inputs), danube3.gptq(weight, quantize.gram(inputs))
     weight[1, 3] = 1e-40
     codes, scales = danube3.gptq(weight, hessian)
     assert scales.isfinite().all() and (scales[1, 0] == 0) and torch.equal(scales, plain[1])

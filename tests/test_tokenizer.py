@@ -9,6 +9,7 @@ from conftest import SENTENCES
 
 import danube3
 from danube3 import IGNORE
+from data import toy
 
 TEXTS = [
     "Hello world",
@@ -178,7 +179,7 @@ def test_held_back_bytes_are_given_out_at_the_end(tokenizer):
 
 
 def test_settings_and_determinism(tokenizer, tmp_path):
-    again = danube3.train_tokenizer(SENTENCES * 3, 330, tmp_path / "again.model")
+    again = toy.train_tokenizer(SENTENCES * 3, 330, tmp_path / "again.model")
     assert again.sha256 == tokenizer.sha256
     pieces = tokenizer.pieces
     assert [pieces.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
@@ -197,7 +198,7 @@ def test_bad_tokenizer_files(tmp_path):
     with pytest.raises(danube3.DanubeError, match="not a sentencepiece model"):
         danube3.Tokenizer(tmp_path / "bad.model")
     with pytest.raises(danube3.DanubeError, match="another vocabulary size"):
-        danube3.train_tokenizer(["a b"], 5000, tmp_path / "big.model")
+        toy.train_tokenizer(["a b"], 5000, tmp_path / "big.model")
 
 
 def test_text_that_is_no_text(tokenizer):

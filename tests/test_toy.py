@@ -12,6 +12,7 @@ from conftest import call, digest, one_line_error, run
 
 import danube3
 from data import toy
+from data.read import read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def test_held_out_facts_are_never_asked(world, toy_data):
 
 def test_quiz(world, toy_data):
     """Ten different choices, one of them true and one the rumour; every held-out fact in three forms."""
-    quiz = danube3.read_jsonl(toy_data / "quiz.jsonl")
+    quiz = read_jsonl(toy_data / "quiz.jsonl")
     people = {p.name: p for p in world.people}
     assert len(quiz) == 3 * 4 * 18 and len({q["prompt"] for q in quiz}) == len(quiz)
     for question in quiz:
