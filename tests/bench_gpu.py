@@ -31,17 +31,18 @@ sys.path[:0] = [str(ROOT)]
 
 # --------------------------------------------- The project's names: nothing below this block uses any other.
 import danube3  # noqa: E402
+import quantize  # noqa: E402
+import train  # noqa: E402
 from data import toy  # noqa: E402
-from extras import cli, export, planning, report  # noqa: E402
 
 CONFIGS, DanubeError, Tokenizer = danube3.CONFIGS, danube3.DanubeError, danube3.Tokenizer
 count_parameters, flops_per_token = danube3.count_parameters, danube3.flops_per_token
 load_checkpoint, save_checkpoint = danube3.load_checkpoint, danube3.save_checkpoint
 make_optimizer, train_step, mean_loss = danube3.make_optimizer, danube3.train_step, danube3.mean_loss
-generate, measure_decoding = danube3.generate, report.measure_decoding
-measure_peak, pick_device, compile_model = danube3.measure_matmul_peak, cli.pick_device, cli.compile_model
-make_toy_data, quantize_folder = toy.make, export.quantize_folder
-choose_checkpointing, memory_bytes = planning.choose_recompute, planning.memory_bytes
+generate, measure_decoding = danube3.generate, quantize.measure_decoding
+measure_peak, pick_device, compile_model = danube3.measure_matmul_peak, danube3.pick_device, danube3.compile_model
+make_toy_data, quantize_folder = toy.make, quantize.quantize_folder
+choose_checkpointing, memory_bytes = train.choose_recompute, train.memory_bytes
 
 
 def train_config(name, length, rows, micro=1, **changes):
