@@ -16,6 +16,32 @@ import torch
 
 import danube3
 
+left_out = 0  # slow tests that were not run
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless --all is given, or files are named")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all and without the name of a file, only the quick tests run."""
+    global left_out
+    if not config.getoption("--all") and config.args_source != pytest.Config.ArgsSource.ARGS:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        left_out = len(slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+
+
+def pytest_unconfigure(config):
+    if left_out and not config.getoption("--collect-only"):
+        print(f"{left_out} slow tests were left out; to run all: python -m pytest --all")
+
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = danube3.DanubeConfig(
     hidden_size=40,

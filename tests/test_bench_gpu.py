@@ -4,8 +4,11 @@ import json
 import math
 
 import bench_gpu
+import pytest
 import torch
 from conftest import run
+
+pytestmark = pytest.mark.slow
 
 ROWS = {  # of each part; training has 12 where there is a compiler
     "ceilings": 3, "fp32": 12, "logits": 9, "perplexity": 6, "training": 9, "decoding": 6, "attention": 5,

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")]
 
 SABOTAGE = """
 import contextlib, runpy, sys

@@ -339,6 +339,7 @@ def long_base(tmp_path, tokenizer):
     return tmp_path / "long"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora, dtype, bits",
     [(0, "float32", 0), (2, "float32", 0), (2, "bfloat16", 0), (0, "float16", 0), (2, "float16", 0), (2, "float32", 8)],
@@ -414,6 +415,7 @@ def test_adapters_know_their_base(long_base, tokenizer, tmp_path):
         danube3.load_checkpoint(tmp_path / "adapter")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lora_over_half_precision_to_the_end(dtype, long_base, chat_file, tmp_path, monkeypatch):
     """The whole command as on a GPU: train, merge, answer the quiz; the merged model in the base's own precision."""
@@ -455,6 +457,7 @@ def test_adapters_over_a_bf16_folder(tokenizer, tmp_path):
             assert (model(ids) - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.slow
 def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     """Base, LoRA, merge, talk and quiz, with the smallest budgets, as the README has them."""
     assert call("train.py", "--data", toy_data, "--tokens", "4096", "--out", tmp_path / "toy").returncode == 0
@@ -577,6 +580,7 @@ def test_nothing_to_learn(long_base, tmp_path):
     assert "one usable conversation is too few" in one_line_error(call("train.py", "--chat", path, *flags))
 
 
+@pytest.mark.slow
 def test_warm_start_of_pretraining(toy_data, tmp_path):
     """--init takes a folder that transformers wrote, of the right size and tokenizer, and begins there."""
     config = danube3.CONFIGS["toy"]
@@ -662,6 +666,7 @@ def test_an_interrupted_answer_stays_in_the_dialogue(tokenizer):
     assert len(talk.exchanges) == 2
 
 
+@pytest.mark.slow
 def test_talking_through_a_pipe(long_base, tmp_path):
     result = subprocess.run(
         [sys.executable, "sample.py", long_base, "--chat", "--max-new-tokens", "5", "--temperature", "0"],
@@ -680,6 +685,7 @@ def test_talking_through_a_pipe(long_base, tmp_path):
     assert result.stdout.startswith(saved[0]["messages"][1]["content"].split("\n")[0])
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(tokenizer, tmp_path):
     """At a terminal: a long answer, Ctrl-C, another, Ctrl-C, Ctrl-C at the prompt too; Ctrl-D ends it."""
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=8_192, num_hidden_layers=1))

@@ -18,6 +18,8 @@ import sys
 import pytest
 from conftest import ROOT, call
 
+pytestmark = pytest.mark.slow
+
 README = (ROOT / "README.md").read_text()
 # What stands in the README for a name of the reader's own.
 NAMES = {

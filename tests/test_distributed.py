@@ -13,6 +13,8 @@ from conftest import ROOT, call, one_line_error
 
 import danube3
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ["--tokens", "31k", "--save-every", "30", "--learning-rate", "1e-3"]
 
 

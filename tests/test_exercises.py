@@ -8,6 +8,8 @@ import pytest
 import solutions
 from conftest import ROOT, call
 
+pytestmark = pytest.mark.slow
+
 SOURCES = {file: (ROOT / file).read_text(encoding="utf-8") for file in solutions.FILES}
 BREAKS = [name for name in exercises.EXERCISES if name.startswith("break-")]
 BUILDS = [name for name in exercises.EXERCISES if name not in BREAKS]

@@ -13,6 +13,8 @@ from conftest import call, one_line_error
 import danube3
 from data import experiment, toy
 
+pytestmark = pytest.mark.slow
+
 
 def some_rows(seeds=5):
     rng = random.Random(0)

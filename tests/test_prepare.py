@@ -309,6 +309,7 @@ def command(tmp_path, model, folder, **options):
     return ["--out", tmp_path / "out", *flags, f"web={folder}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["state.json", "web-000000.spool", "web-000004.spool", "web.finished",
                                 "web-train-00000.bin", "web-train-00003.bin", "web-val-00000.bin", "meta.json"])
 def test_killed_and_begun_again(tmp_path, tokenizer, corpus, monkeypatch, at):
@@ -348,6 +349,7 @@ def test_killed_before_the_last_renaming(tmp_path, tokenizer, corpus, monkeypatc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_interrupted_and_then_no_room(tmp_path, tokenizer, corpus):
     """Ctrl-C and a full disk end in one line that says how to go on; what is there stays valid."""
     log = tmp_path / "log"
@@ -365,6 +367,7 @@ def test_interrupted_and_then_no_room(tmp_path, tokenizer, corpus):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_workers_die_with_their_parent(tmp_path, tokenizer, corpus):
     """The pipe that the program writes to ends when the last of its processes has gone."""
     code = ("import os, sys; from data import prepare; write = prepare.write_spool\n"
@@ -490,6 +493,7 @@ def test_missing_packages(tmp_path, tokenizer, monkeypatch, module, arguments, w
     assert words in one_line_error(result)
 
 
+@pytest.mark.slow
 def test_as_a_user_runs_it(tmp_path):
     """The program itself, with the smallest input there can be."""
     write_lines(tmp_path / "a.jsonl", SENTENCES)

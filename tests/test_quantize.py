@@ -261,6 +261,7 @@ def test_memory_of_a_packed_model(even, tmp_path):
     assert sizes[0] == pytest.approx(total, rel=0.1)
 
 
+@pytest.mark.slow
 def test_qlora_over_a_quantized_base(even, tmp_path, tokenizer):
     """Adapters train over frozen codes, are saved alone, found again, and merged into an ordinary checkpoint."""
     quantize.quantize_folder(even, tmp_path / "q", 4, {})
@@ -352,6 +353,7 @@ def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
+@pytest.mark.slow
 def test_quantize_from_the_command_line(toy_data, tmp_path):
     """Quantize, calibrate, report, talk, export: the README's commands on a toy that is hardly trained."""
     assert call("train.py", "--data", toy_data, "--tokens", "4096", "--out", tmp_path / "toy").returncode == 0

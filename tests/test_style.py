@@ -12,6 +12,7 @@ TEXT = (ROOT / "danube3.py").read_text()
 TREE = ast.parse(TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["mypy", "ruff check ."])
 def test_tools_find_nothing(tool):
     """With the settings of pyproject.toml, and in the versions of tests/requirements.txt. (mypy takes a minute the

@@ -24,6 +24,7 @@ def texts(world, source, count, seed=1):
     return list(itertools.islice(toy.documents(world, source, random.Random(seed)), count))
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(toy_data, tmp_path):
     """Made again, in another process with another hash seed: the same files, the whole list of digests."""
     assert run("data/toy.py", "--out", tmp_path / "again", env={"PYTHONHASHSEED": "7"}).returncode == 0
@@ -173,6 +174,7 @@ def test_passages(world, toy_data):
         assert found[source] == max(found.values()) > 0.2 * len(own), (source, found)
 
 
+@pytest.mark.slow
 def test_share_of_truth_on_the_web(tmp_path):
     """--web-truth changes what the web says, and no other source."""
     others = [[list(itertools.islice(toy.documents(toy.World(0, truth), name, random.Random(0)), 60))
