@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import run
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")]
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks, and reads /proc")
+pytestmark = [pytest.mark.slow, ON_LINUX]
 
 SABOTAGE = """
 import contextlib, runpy, sys
