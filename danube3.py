@@ -1388,9 +1388,11 @@ def measure_matmul_peak(device: torch.device, seconds: float = 0.3) -> float:
         a = torch.randn(size, size, device=device).to(dtype)
         elapsed = min(timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=2))  # .item() waits for the device
         best = max(best, 2 * size ** 3 / elapsed)
-        if size == largest or 2 * 8 * elapsed > end - time.perf_counter():  # two products of twice the size take that
+        left = end - time.perf_counter()
+        if left < 2 * elapsed:
             return best
-        size *= 2
+        if size < largest and left > 2 * 8 * elapsed:  # two products of twice the size
+            size *= 2
 
 
 def used_lengths(labels: Tensor) -> Tensor:
