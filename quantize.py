@@ -1,14 +1,13 @@
-"""Quantize a Danube3: `python quantize.py out/toy-chat --bits 4 --calibrate data/toy --out out/toy-chat-int4`."""
+"""Quantize a Danube3: `python quantize.py out/toy-chat --bits 4 --out out/toy-chat-int4`."""
 
 import argparse
-import json
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,69 +16,71 @@ from tqdm import tqdm
 
 import danube3
 import sample
-from danube3 import Danube3, DanubeConfig, DanubeError, Tokenizer
-from data.read import read_text
+from danube3 import GROUP, Danube3, DanubeConfig, DanubeError, Tokenizer, require
+from data.read import positive, read_text
 
+# ---- Text to calibrate and to measure with
 
-def sample_rows(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, split: str, count: int) -> Tensor:
-    """About `count` rows [N, T] of ids to calibrate ("train") or measure ("val") with: as many from each source of a
-    data folder, or from a text file, whose last tenth is "val". T is half of the context, at most 2,048 [C]."""
+def sample_sequences(data: str | Path, tokenizer: Tokenizer, config: DanubeConfig, split: str,
+                     count: int) -> Tensor:
+    """About `count` sequences [N, T] to calibrate ("train") or measure ("val") with.
+
+    They come evenly from all sources of a data folder, or from a text file, whose last tenth is "val". T is
+    half of the context, at most 2,048 [ours].
+    """
     length = min(config.max_position_embeddings // 2, 2_048)
     if Path(data).is_dir():
-        folder = danube3.matching_data(data, tokenizer, config, length)
-        sources = [folder.open(name, split) for name in folder.meta["sources"]]
-        share = -(-count // len(sources))  # of each source
-        windows = [source.window(i * source.windows // min(share, source.windows))
-                   for source in sources for i in range(min(share, source.windows))]
-        return torch.from_numpy(np.stack(windows))
+        folder = danube3.TokenData(data, config, length, tokenizer)
+        names = [name for name, own_split in folder.blocks if own_split == split]
+        share = math.ceil(count / max(1, len(names)))
+        return torch.cat([folder.evenly_spread(name, split, share) for name in names])
     ids = torch.tensor(tokenizer.encode(read_text(data)))
-    ids = ids[:len(ids) * 9 // 10] if split == "train" else ids[len(ids) * 9 // 10:]
-    if len(ids) < length:
-        raise DanubeError(f"{data} has {len(ids)} tokens to {split} with, less than a row of {length}: use more text")
+    border = len(ids) * 9 // 10
+    ids = ids[:border] if split == "train" else ids[border:]
+    require(len(ids) >= length, f"{data} has {len(ids)} tokens to {split} with, less than one sequence of "
+            f"{length}: use more text")
     return ids[:len(ids) // length * length].view(-1, length)[:count]
 
+# ---- GPTQ of a whole model
 
-# ----------------------------------------------------------------------------------------------------------------- GPTQ
 def check_quantizable(name: str, weight: Tensor) -> None:
     """Refuse what codes and scales cannot hold."""
-    if not danube3.is_finite(weight):
-        raise DanubeError(f"{name} holds values that are not finite: take an earlier checkpoint")
-    if weight.dim() == 2 and weight.shape[1] % danube3.GROUP:
-        raise DanubeError(f"{name} has rows of {weight.shape[1]}, which is no multiple of {danube3.GROUP}: only models "
-                          "whose sizes are can be quantized")
-    if (largest := weight.abs().amax().item()) > 2 ** 18:  # / 8 or / 127 must be a number of fp16
-        raise DanubeError(f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
-
+    require(danube3.is_finite(weight), f"{name} is not finite: take an earlier checkpoint")
+    require(weight.dim() == 1 or weight.shape[-1] % GROUP == 0,
+            f"{name} has {weight.shape[-1]} inputs, no multiple of {GROUP}: such a model cannot be quantized")
+    largest = weight.abs().amax().item()  # over 8 or 127 it must be a number of fp16
+    require(largest <= 2**18,
+            f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
 
 def gram(x: Tensor) -> Tensor:
-    """Sum of x x^T over all vectors of x [.., K] -> [K, K], fp32"""
+    """The sum of x x^T over all vectors of x [.., in] -> [in, in], fp32"""
     x = x.flatten(0, -2).float()
     return x.T @ x
 
-
 @torch.no_grad()
-def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
-    """Quantize layers and head with calibration rows [N, T], in place (as quantized and dequantized again).
-    -> name: (codes, scales)
+def gptq_model(model: Danube3, sequences: Tensor, batch_size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
+    """Quantize linear layers and head with calibration sequences [N, T]. -> name: (codes, scales)
 
-    The inputs that a matrix is calibrated on come from the already quantized ones before it: later layers make up for
-    the errors of earlier ones. Matrices that read the same input share its hessian. The embedding stays at int8.
+    The model's weights are replaced by their quantized values. A layer is calibrated on the outputs of the
+    quantized layers before it, so later layers make up for the errors of earlier ones. Linear layers with
+    the same input share its Hessian. The embedding stays at int8.
     """
     decoder, done = model.model, {}
 
     def quantize(name: str, hessian: Tensor) -> None:
-        if not hessian.isfinite().all():
-            raise DanubeError(f"the inputs of {name} grow beyond fp32 on the calibration data: leave --calibrate out")
+        require(hessian.isfinite().all(), f"the inputs of {name} overflow on this data: omit --calibrate")
         weight = model.get_parameter(f"{name}.weight")
         codes, scales = danube3.gptq(weight, hessian)
-        weight.copy_(danube3.dequantize(danube3.pack_int4(codes), scales))
-        done[name] = danube3.pack_int4(codes).cpu(), scales.cpu()
+        packed = danube3.pack_int4(codes)
+        weight.copy_(danube3.dequantize(packed, scales))
+        done[name] = packed.cpu(), scales.cpu()
 
     for name, weight in model.named_parameters():
         check_quantizable(name, weight)
     decoder.embed_tokens.weight.copy_(danube3.dequantize(*danube3.quantize_int8(decoder.embed_tokens.weight)))
-    cos, sin = danube3.rotary_table(0, rows.shape[1], model.config.head_dim, model.config.rope_theta, model.device)
-    streams = [decoder.embed_tokens(part.to(model.device)) for part in rows.split(batch_size)]  # each [B, T, D]
+    positions = torch.arange(sequences.shape[1], device=model.device)  # [T]
+    cos, sin = danube3.rotary_table(positions, model.config.head_dim, model.config.rope_theta)
+    hidden = [decoder.embed_tokens(ids.to(model.device)) for ids in sequences.split(batch_size)]  # [B, T, D]
     inputs = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
               ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
     for number, layer in enumerate(tqdm(decoder.layers, desc="GPTQ", unit="layer")):
@@ -91,139 +92,171 @@ def gptq_model(model: Danube3, rows: Tensor, batch_size: int = 8) -> dict[str, t
                 hessian.add_(gram(args[0]))
 
             handle = first.register_forward_pre_hook(add)
-            for stream in streams:
-                layer(stream, cos, sin, None)
+            for x in hidden:
+                layer(x, cos, sin, None)
             handle.remove()
             for name in names:
                 quantize(f"model.layers.{number}.{name}", hessian)
-        for i, stream in enumerate(streams):
-            streams[i] = layer(stream, cos, sin, None)
-    quantize("lm_head", sum((gram(decoder.norm(stream)) for stream in streams), torch.zeros(())))
+        for i, x in enumerate(hidden):  # in place: all of them together are large
+            hidden[i] = layer(x, cos, sin, None)
+    hessian = torch.zeros(model.config.hidden_size, model.config.hidden_size, device=model.device)
+    for x in hidden:
+        hessian += gram(decoder.norm(x))
+    quantize("lm_head", hessian)
     return done
 
+# ---- Quantized folders
 
-# -------------------------------------------------------------------------------------------------------------- folders
+class Quantized(NamedTuple):
+    """A line of the report: errors are |quantized weight - weight|."""
+    name: str
+    bits: int
+    size: int
+    largest_error: float
+    mean_error: float
+
+def checked_weights(folder: Path, model: Danube3) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a folder one by one, if their names and shapes are the model's."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    seen = set()
+    for name, weight in danube3.read_weights(folder):
+        require(expected.get(name) == weight.shape,
+                f"{folder}: {name} {tuple(weight.shape)} does not fit config.json: copy both files again")
+        if name not in seen:  # two files may hold one tensor
+            seen.add(name)
+            yield name, weight
+    missing = sorted(expected.keys() - seen)
+    require(not missing, f"{folder} lacks {len(missing)} tensors, {missing[:1]} among them: copy it again")
+
 def write_in_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]], part_bytes: int) -> None:
-    """Write safetensors files of about `part_bytes` and the index that names them, so that memory need not hold all."""
+    """Write safetensors files of about `part_bytes` and their index. Memory never holds all tensors."""
     part: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
-    total = 0
+    total, written = 0, 0
 
     def flush() -> None:
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        danube3.write_tensors(folder, name, part, None)
+        nonlocal written
+        written += 1
+        name = f"model-{written:05d}.safetensors"
+        danube3.write_tensors(folder / name, part)
         weight_map.update(dict.fromkeys(part, name))
         part.clear()
 
     for name, tensor in tensors:
-        part[name], total = tensor.contiguous(), total + tensor.nbytes
+        part[name] = tensor.contiguous()
+        total += tensor.nbytes
         if sum(each.nbytes for each in part.values()) >= part_bytes:
             flush()
     if part:
         flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    danube3.write_json(folder / "model.safetensors.index.json",
+                       {"metadata": {"total_size": total}, "weight_map": weight_map})
 
+def empty_model(source: Path) -> Danube3:
+    """The model of a folder without its weights: shapes on the meta device."""
+    config = danube3.read_config(source)
+    with torch.device("meta"):
+        model = danube3.use_quantized_modules(Danube3(config), danube3.read_scheme(source))
+    model.stop_ids = danube3.read_stop_ids(source, config)
+    return model
 
 def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Tensor, Tensor]],
-                    part_bytes: int = 2 ** 29) -> list[tuple[str, int, int, float, float]]:
-    """Quantize a checkpoint into the folder `out`, tensor by tensor, so that memory never holds the whole: `done` are
-    those that gptq_model has quantized, the others are rounded to nearest. -> for each: name, bits, bytes, largest and
-    mean error"""
+                    part_bytes: int = 2**29) -> list[Quantized]:
+    """Quantize a checkpoint into the folder `out`, tensor by tensor. -> one line per tensor
+
+    `done` are the tensors that gptq_model has quantized. All others are rounded to nearest.
+    """
     scheme = danube3.SCHEMES["int4 GPTQ" if done else f"int{bits}"]
-    danube3.verify_digests(source)
-    config, report = danube3.read_config(source), []
-    if danube3.read_scheme(source):
-        raise DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
-    if source.resolve() == out.with_name(f"{out.name}.partial").resolve():
-        raise DanubeError(f"{out} would be written in {source} first: choose another place")
-    tokenizer, needed = danube3.read_tokenizer(source, config), danube3.count_parameters(config) * (bits + 1) / 8
+    danube3.verify_checksums(source)
+    require(not danube3.read_scheme(source),
+            f"{source} is quantized already: quantize the folder it was made from")
+    require(source.resolve() != out.with_name(f"{out.name}.partial").resolve(),
+            f"{out} would be written in {source} first: choose another place")
+    model, report = empty_model(source), []
+    tokenizer = danube3.read_tokenizer(source, model.config)
+    needed = danube3.count_parameters(model.config) * (bits + 1) / 8
     existing = next(parent for parent in [*out.absolute().parents, Path()] if parent.exists())
-    with torch.device("meta"):
-        model = Danube3(config)
-    if (space := shutil.disk_usage(existing).free) < needed:
-        raise DanubeError(f"{out} needs {needed / 1e9:.2f} GB, and {space / 1e9:.2f} are free: make room on the disk")
+    free = shutil.disk_usage(existing).free
+    require(free >= needed,
+            f"{out} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} are free: make room on the disk")
 
     def quantized() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in danube3.checked_weights(source, model):
+        for name, weight in checked_weights(source, model):
             check_quantizable(name, weight)
             module = name.removesuffix(".weight")
-            if not (tensor_bits := danube3.bits_of(module, scheme)):
+            own_bits = danube3.bits_for(module, scheme)
+            if own_bits is None:
                 yield name, weight.float()
                 continue
-            codes, scales = done.get(module) or danube3.quantize_tensor(weight, tensor_bits)
+            if module in done:
+                codes, scales = done[module]
+            elif own_bits == 8:
+                codes, scales = danube3.quantize_int8(weight)
+            else:
+                codes, scales = danube3.quantize_int4(weight)
+                codes = danube3.pack_int4(codes)
             error = (danube3.dequantize(codes, scales) - weight.float()).abs()
-            report.append((module, tensor_bits, codes.nbytes + scales.nbytes, error.amax().item(), error.mean().item()))
+            size = codes.nbytes + scales.nbytes
+            report.append(Quantized(module, own_bits, size, error.amax().item(), error.mean().item()))
             yield f"{module}.codes", codes
             yield f"{module}.scales", scales
 
     with danube3.atomic_folder(out) as partial:
-        how = {"quant_method": "danube3", "bits": scheme, "group_size": danube3.GROUP}
-        danube3.write_config(partial, config, tokenizer, torch.float32, quantization_config=how)
+        how = {"quant_method": "danube3", "bits": scheme, "group_size": GROUP}
+        danube3.write_settings(partial, model, tokenizer, torch.float32, quantization_config=how)
         write_in_parts(partial, quantized(), part_bytes)
     return report
 
+# ---- GGUF files, for llama.cpp and the programs built on it
+#
+# GGUF has other names, and the rows of q and k in the order of an interleaved rotary embedding: pairs are
+# neighbours (2i, 2i+1) where ours are halves. Q8_0 has a scale per 32 weights: here the row's, repeated.
 
-# ----------------------------------------------------------------------------------------------------------- GGUF files
-# A GGUF file holds the same model for llama.cpp and the programs built on it, on phones too. What differs: the names;
-# the rows of q and k, in the order of a rotary embedding that pairs neighbours (2i, 2i+1) where ours pairs halves; and
-# that Q8_0 stores a scale for every 32 weights: here its row's scale, repeated.
-
-def rows_for_gguf(name: str, tensor: Tensor, config: DanubeConfig) -> Tensor:
-    """The rows of q_proj and k_proj as GGUF orders them: of each head 0, h/2, 1, h/2 + 1, ... Others as they are."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+def interleave_heads(name: str, tensor: Tensor, config: DanubeConfig) -> Tensor:
+    """The rows of q_proj and k_proj in GGUF's order: of each head 0, h/2, 1, h/2 + 1, .. Others unchanged."""
+    all_heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = all_heads.get(name.split(".")[-2])
     if heads is None:
         return tensor
     halves = tensor.unflatten(0, (heads, 2, config.head_dim // 2))  # [heads, 2, h/2, ..]
     return halves.transpose(1, 2).flatten(0, 2)                     # [heads h, ..]
 
-
 def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
-    """Codes and scales of a matrix as blocks of 32 weights, each a scale in fp16 and its codes -> bytes [N, ..]"""
-    size = danube3.GROUP if codes.dtype == torch.int8 else danube3.GROUP // 2  # bytes of its codes
+    """A matrix as blocks of 32 weights, each an fp16 scale and its codes. -> bytes [out, ..]"""
+    size = GROUP // 2  # bytes of the codes of a block
+    if codes.dtype == torch.int8:
+        size = GROUP
+        scales = scales[:, None].expand(-1, codes.shape[1] // GROUP)  # [out, in/32]
     blocks = codes.view(torch.uint8).unflatten(1, (-1, size))
-    scales = scales[:, None].expand(blocks.shape[:2]) if codes.dtype == torch.int8 else scales  # [N, K/32]
-    return torch.cat((scales.contiguous().view(torch.uint8).unflatten(1, (-1, 2)), blocks), dim=2).flatten(1).numpy()
+    scale_bytes = scales.contiguous().view(torch.uint8).unflatten(1, (-1, 2))
+    return torch.cat((scale_bytes, blocks), dim=2).flatten(1).numpy()
 
-
-def gguf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight"""
-    for ours, theirs in (("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
-                         ("model.layers", "blk"), ("self_attn.o_proj", "attn_output"), ("self_attn", "attn"),
-                         ("mlp", "ffn"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
-                         ("attn.", "attn_"), ("ffn.", "ffn_"), ("_proj", "")):
-        name = name.replace(ours, theirs)
-    return name
-
-
-def gguf_tensors(source: Path, config: DanubeConfig) -> Iterator[tuple[str, np.ndarray, str]]:
-    """The tensors of a checkpoint one by one, as a GGUF file holds them: name, values or blocks, type"""
-    codes, scheme = {}, danube3.read_scheme(source)
-    with torch.device("meta"):
-        model = danube3.use_scheme(Danube3(config), scheme or {})
-    for name, tensor in danube3.checked_weights(source, model):
+def gguf_tensors(source: Path, names: Any) -> Iterator[tuple[str, np.ndarray, str]]:
+    """Each tensor of a checkpoint: GGUF name, values or blocks, type. `names` is a gguf.TensorNameMap."""
+    codes, model = {}, empty_model(source)
+    for name, tensor in checked_weights(source, model):
         module, _, kind = name.rpartition(".")
-        matrix = kind == "weight" and tensor.dim() == 2
-        tensor = rows_for_gguf(name, tensor.half() if matrix else tensor, config)
-        if tensor.is_floating_point() and not danube3.is_finite(tensor):
-            raise DanubeError(f"{source}: {name} holds values that are not finite, or not in fp16: take an earlier "
-                              "checkpoint")
+        if kind == "weight" and tensor.dim() == 2:
+            tensor = tensor.half()
+        require(not tensor.is_floating_point() or danube3.is_finite(tensor),
+                f"{source}: {name} is not finite in fp16: take an earlier checkpoint")
+        tensor = interleave_heads(name, tensor, model.config)
+        gguf_name = f"{names.get_name(module)}.weight"
         if kind == "codes":  # stored just before its scales
             codes[module] = tensor
         elif kind == "scales":
-            blocks = gguf_blocks(codes.pop(module), tensor)
-            yield gguf_name(f"{module}.weight"), blocks, "Q8_0" if tensor.dim() == 1 else "Q4_0"
+            yield gguf_name, gguf_blocks(codes.pop(module), tensor), "Q8_0" if tensor.dim() == 1 else "Q4_0"
         elif tensor.dim() == 1:
-            yield gguf_name(name), tensor.float().numpy(), "F32"
+            yield gguf_name, tensor.float().numpy(), "F32"
         else:
-            yield gguf_name(name), tensor.numpy(), "F16"
+            yield gguf_name, tensor.numpy(), "F16"
 
-
-def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, scheme: dict[str, int] | None) -> None:
-    """The sizes of the model and the pieces of its tokenizer, under GGUF's keys. `writer` is a gguf.GGUFWriter."""
-    c, pieces = config, tokenizer.pieces
+def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer,
+                      scheme: dict[str, int]) -> None:
+    """The sizes of the model and the pieces of its tokenizer. `writer` is a gguf.GGUFWriter."""
+    c, sp = config, tokenizer.sp
     writer.add_quantization_version(2)
-    writer.add_file_type(1 if scheme is None else 7 if scheme["model.layers"] == 8 else 2)  # F16, Q8_0, Q4_0
+    writer.add_file_type({None: 1, 8: 7, 4: 2}[scheme.get("model.layers")])  # F16, Q8_0, Q4_0
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers)
@@ -236,37 +269,45 @@ def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer, s
     writer.add_key_length(c.head_dim)
     writer.add_value_length(c.head_dim)
     writer.add_vocab_size(c.vocab_size)
-    unused = range(pieces.vocab_size(), c.vocab_size)  # a model's vocabulary may be padded
-    kinds = [2 if pieces.is_unknown(i) else 3 if pieces.is_control(i) else 6 if pieces.is_byte(i) else 1
-             for i in range(pieces.vocab_size())]  # unknown, control, byte, normal
+    tokens, scores, kinds = [], [], []
+    for i in range(c.vocab_size):
+        if i >= sp.vocab_size():  # a model's vocabulary may be padded
+            tokens.append(f"<unused{i}>")
+            scores.append(0.0)
+            kinds.append(5)
+            continue
+        tokens.append(sp.id_to_piece(i))
+        scores.append(sp.get_score(i))
+        kinds.append(2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1)
     writer.add_tokenizer_model("llama")
-    ids = range(pieces.vocab_size())
-    writer.add_token_list([pieces.id_to_piece(i) for i in ids] + [f"<unused{i}>" for i in unused])
-    writer.add_token_scores([pieces.get_score(i) for i in ids] + [0.0 for _ in unused])
-    writer.add_token_types(kinds + [5 for _ in unused])
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
     writer.add_bos_token_id(c.bos_token_id)
     writer.add_eos_token_id(c.eos_token_id)
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(c.pad_token_id)
     writer.add_add_bos_token(tokenizer.add_bos)
     writer.add_add_space_prefix(True)
-    writer.add_chat_template(danube3.CHAT_TEMPLATE)
-
+    writer.add_chat_template(tokenizer.chat_template)
 
 def write_gguf(source: Path, path: Path) -> None:
-    """Write a checkpoint as a GGUF file: Q8_0 and Q4_0 as it is quantized, F16 if it is not. Tensors are read twice,
-    since the file begins with the list of them, and memory never holds the whole."""
+    """Write a checkpoint as a GGUF file: Q8_0 or Q4_0 as it is quantized, otherwise F16.
+
+    Tensors are read twice: the file begins with their list, and memory never holds all of them.
+    """
     try:
         import gguf
     except ImportError as error:
-        raise DanubeError("writing GGUF takes the package gguf: pip install gguf") from error
-    if path.is_dir() or not path.parent.is_dir():
-        raise DanubeError(f"{path} is a folder, or lies in none that exists: name a file")
-    danube3.verify_digests(source)
+        raise DanubeError("writing GGUF needs the package gguf: pip install gguf") from error
+    require(path.parent.is_dir() and not path.is_dir(),
+            f"{path} is a folder, or lies in none that exists: name a file")
+    danube3.verify_checksums(source)
     config, partial = danube3.read_config(source), path.with_name(f"{path.name}.partial")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     writer: Any = gguf.GGUFWriter(partial, "llama")
     describe_for_gguf(writer, config, danube3.read_tokenizer(source, config), danube3.read_scheme(source))
-    for name, values, kind in gguf_tensors(source, config):
+    for name, values, kind in gguf_tensors(source, names):
         raw_dtype = gguf.GGMLQuantizationType[kind]
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=raw_dtype)
     partial.touch()
@@ -275,10 +316,11 @@ def write_gguf(source: Path, path: Path) -> None:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            tensors = tqdm(gguf_tensors(source, config), "GGUF", len(writer.tensors[0]), unit="tensor")
-            for _, values, _ in tensors:  # not by write_tensor_data: numpy's tofile says nothing when the disk is full
-                file = writer.fout[0]
+            file = writer.fout[0]
+            bar = tqdm(gguf_tensors(source, names), "GGUF", len(writer.tensors[0]), unit="tensor")
+            for _, values, _ in bar:
                 writer.write_padding(file, file.tell())
+                # numpy's tofile, which gguf uses, says nothing when the disk is full
                 file.write(values.tobytes())
                 writer.write_padding(file, values.nbytes)
             writer.close()
@@ -287,95 +329,91 @@ def write_gguf(source: Path, path: Path) -> None:
         finally:
             partial.unlink(missing_ok=True)
 
+# ---- The report
 
-# ----------------------------------------------------------------------------------------------------------- the report
 def stored_tensors(model: Danube3) -> Iterator[tuple[str, Tensor]]:
-    """All that a model holds, packed or not."""
+    """All tensors of a model, packed or not."""
     for name, module in model.named_modules():
-        own = getattr(module, "packed", None) or [*module.parameters(False), *module.buffers(False)]
-        yield from ((name, tensor) for tensor in own)
-
+        for tensor in getattr(module, "packed", None) or [*module.parameters(False), *module.buffers(False)]:
+            yield name, tensor
 
 @torch.no_grad()
 def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
-    """Tokens a second, one at a time after a prompt of 8, and the bytes of weights read for them a second; the best of
-    three times."""
+    """Tokens per second after a prompt of 8, and the bytes of weights read per second. Best of three."""
     next_ids, best = torch.full((1, 8), model.config.bos_token_id, device=model.device), math.inf
     for _ in range(3):
         kv_cache = danube3.KVCache(model.config, 1, 8 + tokens, model.dtype, model.device)
         model.model(next_ids.expand(1, 8), kv_cache)
         start = time.perf_counter()
         for _ in range(tokens):
-            next_ids = model.lm_head(model.model(next_ids[:, -1:], kv_cache)[:, -1]).argmax(-1, keepdim=True)  # [1, 1]
+            logits = model.lm_head(model.model(next_ids[:, -1:], kv_cache)[:, -1])  # [1, V]
+            next_ids = logits.argmax(-1, keepdim=True)                              # [1, 1]
         next_ids.item()  # waits for the device
         best = min(best, (time.perf_counter() - start) / tokens)
-    return 1 / best, sum(t.nbytes for name, t in stored_tensors(model) if "embed_tokens" not in name) / best
-
+    read = sum(tensor.nbytes for name, tensor in stored_tensors(model) if "embed_tokens" not in name)
+    return 1 / best, read / best
 
 def compare(folders: dict[str, Path], data: str) -> None:
-    """A table like the model cards' for Q8_0 and Q4_K_M, of this model and this text; `change` is against the first
-    row."""
-    print(f"\n{'':8}{'bytes':>16}{'bits/weight':>13}{'perplexity':>12}{'change':>9}{'tokens/s':>10}{'GB/s':>7}  quiz")
-    first = None
+    """Print a table like that of the model cards. `change` is against the first line."""
+    print(f"\n{'':8}{'bytes':>16}{'bits/weight':>13}{'perplexity':>12}{'change':>9}{'tokens/s':>10}"
+          f"{'GB/s':>7}  quiz")
+    first, quiz = None, Path(data, "quiz.jsonl")
     for name, folder in folders.items():
         model, tokenizer = danube3.load_checkpoint(folder, dtype=torch.bfloat16 if name == "bf16" else None)
         size = sum(tensor.nbytes for _, tensor in stored_tensors(model))
-        rows = sample_rows(data, tokenizer, model.config, "val", 256)
-        quiz = Path(data, "quiz.jsonl")
+        sequences = sample_sequences(data, tokenizer, model.config, "val", 256)
         fast = model if name == "bf16" else danube3.load_checkpoint(folder, pack=True)[0]
         speed, bandwidth = measure_decoding(fast)
-        perplexity = math.exp(danube3.mean_loss(model.float(), rows, rows, 8))
+        perplexity = math.exp(danube3.evaluate_loss(model.float(), sequences, sequences, 8))
         first = first or perplexity
         score = f"{sample.evaluate(model, tokenizer, quiz)['acc']:.1%}" if quiz.is_file() else "-"
-        print(f"{name:8}{size:>16,}{8 * size / danube3.count_parameters(model.config):>13.2f}{perplexity:>12.4f}"
-              f"{perplexity / first - 1:>9.2%}{speed:>10.1f}{bandwidth / 1e9:>7.2f}  {score}")
+        bits = 8 * size / danube3.count_parameters(model.config)
+        print(f"{name:8}{size:>16,}{bits:>13.2f}{perplexity:>12.4f}{perplexity / first - 1:>9.2%}"
+              f"{speed:>10.1f}{bandwidth / 1e9:>7.2f}  {score}")
 
+# ---- The program
 
-# ---------------------------------------------------------------------------------------------------------- the program
 def arguments() -> argparse.Namespace:
     parser = danube3.Arguments(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint folder, a run folder, or a published Danube3 folder")
-    parser.add_argument("--bits", type=int, choices=[8, 4], help="8: a scale for each row; 4: one for every 32 weights")
+    parser.add_argument("checkpoint", help="a checkpoint, an output directory, or a published Danube3 folder")
+    parser.add_argument("--bits", type=int, choices=[8, 4], help="8: a scale per row; 4: one per 32 weights")
     parser.add_argument("--out", type=Path, help="the folder to write")
-    parser.add_argument("--calibrate", metavar="DATA", help="token shards or a text file: use GPTQ (with --bits 4)")
-    parser.add_argument("--samples", type=danube3.positive, help="about so many rows of DATA to calibrate with [512]")
-    parser.add_argument("--report", metavar="DATA", help="compare bf16, int8 and int4 on the validation part of DATA")
-    parser.add_argument("--gguf", type=Path, metavar="FILE", help="write the checkpoint as a GGUF file for llama.cpp")
+    parser.add_argument("--calibrate", metavar="DATA", help="token shards or a text file, for GPTQ at 4 bits")
+    parser.add_argument("--samples", type=positive, help="calibrate with about this many sequences [512]")
+    parser.add_argument("--report", metavar="DATA", help="compare bf16, int8 and int4 on its validation part")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="write a GGUF file for llama.cpp")
     parser.add_argument("--device", help="where GPTQ runs: auto, cpu, cuda, cuda:1, mps [auto]")
     args = parser.parse_args()
     if bool(args.gguf) == bool(args.bits) or bool(args.bits) != bool(args.out):
         parser.error("give --bits and --out to quantize, or --gguf to write a GGUF file")
-    if (args.calibrate or args.report) and args.gguf or args.calibrate and args.bits == 8:
+    if ((args.calibrate or args.report) and args.gguf) or (args.calibrate and args.bits == 8):
         parser.error("--calibrate goes with --bits 4, and --report with --bits")
     if (args.samples or args.device) and not args.calibrate:
         parser.error("--samples and --device are for --calibrate")
     return args
 
-
 def check(source: Path, args: argparse.Namespace) -> None:
     """Refuse what could not end well, before hours of work."""
-    if (source / "adapter_config.json").is_file():
-        raise DanubeError(f"{source} holds adapters: make one model of them and their base, with train.py "
-                          "--merge, and take that")
-    if args.out and args.out.exists():
-        raise DanubeError(f"{args.out} already exists: remove it first, or choose another --out")
-    if args.out and danube3.read_scheme(source):
-        raise DanubeError(f"{source} is quantized already: quantize the folder that it was made from")
+    require(not (source / "adapter_config.json").is_file(),
+            f"{source} holds adapters: merge them into their base, with train.py --merge, and quantize that")
+    require(not (args.out and args.out.exists()),
+            f"{args.out} already exists: remove it first, or choose another --out")
+    require(not (args.out and danube3.read_scheme(source)),
+            f"{source} is quantized already: quantize the folder it was made from")
     if args.report:
         config = danube3.read_config(source)
-        sample_rows(args.report, danube3.read_tokenizer(source, config), config, "val", 1)  # can it be read?
+        tokenizer = danube3.read_tokenizer(source, config)
+        sample_sequences(args.report, tokenizer, config, "val", 1)  # can it be read?
 
-
-def quantize(source: Path, out: Path, bits: int,
-             args: argparse.Namespace) -> list[tuple[str, int, int, float, float]]:
-    """-> the lines of the table of errors"""
+def quantize(source: Path, out: Path, bits: int, args: argparse.Namespace) -> list[Quantized]:
+    """-> one line per tensor"""
     done = {}
     if args.calibrate and bits == 4:
-        model, tokenizer = danube3.load_checkpoint(source, danube3.pick_device(args.device or "auto"), torch.float32)
-        rows = sample_rows(args.calibrate, tokenizer, model.config, "train", args.samples or 512)
-        done = gptq_model(model, rows)
+        device = danube3.pick_device(args.device or "auto")
+        model, tokenizer = danube3.load_checkpoint(source, device, torch.float32)
+        sequences = sample_sequences(args.calibrate, tokenizer, model.config, "train", args.samples or 512)
+        done = gptq_model(model, sequences)
     return quantize_folder(source, out, bits, done)
-
 
 def main() -> None:
     args = arguments()
@@ -385,10 +423,9 @@ def main() -> None:
         write_gguf(source, args.gguf)
         print(f"{args.gguf}: {args.gguf.stat().st_size:,} bytes")
         return
-    lines = quantize(source, args.out, args.bits, args)
-    # Errors of the weights. GPTQ makes those larger, to make the errors of the outputs smaller.
+    # Errors of the weights. GPTQ makes these larger, to make the errors of the outputs smaller.
     print(f"{'tensor':40}{'bits':>5}{'bytes':>14}{'largest error':>15}{'mean error':>12}")
-    for name, bits, size, largest, mean in lines:
+    for name, bits, size, largest, mean in quantize(source, args.out, args.bits, args):
         print(f"{name:40}{bits:>5}{size:>14,}{largest:>15.2e}{mean:>12.2e}")
     if args.report:
         with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
@@ -398,7 +435,6 @@ def main() -> None:
                 quantize(source, folders[f"int{bits}"], bits, args)
             compare(folders, args.report)
     print(f"try: python sample.py {args.out}")
-
 
 if __name__ == "__main__":
     danube3.run_command(main)

@@ -1,119 +1,123 @@
-"""Train a Danube3: `python train.py` makes a toy world and a model that speaks of it; --chat teaches it to answer."""
+"""Train a Danube3: `python train.py` makes a toy world and a model of it; --chat teaches it to answer."""
 
 import argparse
-import functools
+import contextlib
 import json
 import math
+import os
 import shlex
+import shutil
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import danube3
 import sample
-from danube3 import ChatData, Danube3, DanubeConfig, DanubeError, Recipe, StagedData, Tokenizer
+from danube3 import ChatData, Danube3, DanubeConfig, DanubeError, StagedData, Tokenizer, TrainConfig, require
 from data import toy
-from data.read import read_conversations
+from data.read import positive, read_conversations, token_count
 
+# ---- The plan of a run: does it fit into memory, how long does it take, what does it read?
 
-def remix(recipe: Recipe, order: str) -> Recipe:
-    """The same tokens of every source in another order, to put the report's idea to the test: "staged" is as it stands,
-    "reversed" begins with the last stage, and "constant" gives every stage the mixture of the whole run."""
+def remix(config: TrainConfig, order: str) -> TrainConfig:
+    """The same tokens of every source in another order, to test the idea of the stages. "reversed" starts
+    with the last stage. "constant" gives every stage the mixture of the whole run."""
     if order == "reversed":
-        return replace(recipe, stages=recipe.stages[::-1])
-    if order == "constant":
-        unit = math.gcd(*(stage.tokens for stage in recipe.stages))  # whole numbers, which nothing rounds
-        scale = math.lcm(*(sum(stage.mixture.values()) for stage in recipe.stages))
-        # tokens of a source in the whole run, in proportion: sum over stages of tokens times share
-        overall = {name: sum(stage.tokens // unit * stage.mixture[name] * (scale // sum(stage.mixture.values()))
-                             for stage in recipe.stages) for name in recipe.stages[0].mixture}
-        return replace(recipe, stages=tuple(replace(stage, mixture=overall) for stage in recipe.stages))
-    return recipe
+        return replace(config, stages=config.stages[::-1])
+    if order == "staged":
+        return config
+    unit = math.gcd(*(stage.tokens for stage in config.stages))  # whole numbers: nothing is rounded
+    scale = math.lcm(*(sum(stage.mixture.values()) for stage in config.stages))
+    overall = dict.fromkeys(config.stages[0].mixture, 0)  # tokens of each source in the whole run, to scale
+    for stage in config.stages:
+        factor = stage.tokens // unit * (scale // sum(stage.mixture.values()))
+        for name, weight in stage.mixture.items():
+            overall[name] += factor * weight
+    return replace(config, stages=tuple(replace(stage, mixture=overall) for stage in config.stages))
 
+def memory_bytes(config: DanubeConfig, training: TrainConfig, compute_bytes: int = 2, gpus: int = 1,
+                 checkpointing: bool = False) -> dict[str, int]:
+    """Bytes that training needs on each device, by component. `compute_bytes`: 4 for fp32, 2 for bf16.
 
-# ---------------------------------------------------------------------------------------------------- the plan of a run
-def memory_bytes(config: DanubeConfig, recipe: Recipe, compute_bytes: int = 2, gpus: int = 1,
-                 recompute: bool = False) -> dict[str, int]:
-    """Bytes that training takes on each device, by component; `compute_bytes` is 4 in fp32 and 2 in bf16.
-
-    Weights, gradients and the two AdamW moments are exact; several GPUs share them, but a gradient that is summed over
-    micro-batches is held whole until it is exchanged. Of other GPUs' weights, two layers are there at a time, and
-    embedding and head throughout; gradients of a layer, and of the ends, once more while they are exchanged.
-    Activations are an estimate: what autograd keeps of a layer are the stream and its norms, six times in fp32, and the
-    inputs of the matrices and of attention in the compute type; with `recompute` that is kept of one layer, and of the
-    others the stream once. Logits count three times: themselves, softmax, gradient.
-    """
-    c, tokens, n = config, recipe.micro_batch_size * recipe.sequence_length, danube3.count_parameters(config)
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v and attention's output
-    per_token = (4 * 6 * c.hidden_size  # fp32: the stream, what the norms keep of it, and the sums, six vectors [D]
-                 + compute_bytes * (heads + 4 * c.intermediate_size))  # gate, silu(gate), up, and their product
-    if recompute:  # all that of the one layer that is computed again, and of the others only their input
+    Weights, gradients and the two AdamW moments are exact. FSDP shards them, but a gradient accumulated over
+    micro-batches is unsharded until the reduce-scatter. Embedding, head and two layers are too.
+    Activations are an estimate. Autograd keeps of each layer six vectors [D] in fp32 (residual stream, norms)
+    and the inputs of linear layers and attention in the compute dtype. With activation checkpointing it does
+    so for one layer, and keeps one vector [D] of each. Logits count thrice: themselves, softmax, gradient."""
+    c, tokens = config, training.micro_batch_size * training.sequence_length
+    parameters = danube3.count_parameters(config)
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v, attention output
+    mlp = 4 * c.intermediate_size  # gate, silu(gate), up, and their product
+    per_token = 4 * 6 * c.hidden_size + compute_bytes * (heads + mlp)
+    kept = c.num_hidden_layers * per_token
+    if checkpointing:
         kept = per_token + c.num_hidden_layers * 4 * c.hidden_size
-    else:
-        kept = c.num_hidden_layers * per_token
     ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
-    one_pass = recipe.rows_per_step == gpus * recipe.micro_batch_size
-    weight_copy = 0 if compute_bytes == 4 else compute_bytes * n
-    gathered = ((4 + 4) * ends  # fp32 weights and gradients
-                + (2 * compute_bytes + 4) * (n - ends) // c.num_hidden_layers)  # two layers' weights, one's gradient
-    return {
-        "weights (fp32)": 4 * n // gpus,
-        "gradients (fp32)": 4 * n // gpus if gpus == 1 or one_pass else 4 * n,
-        "AdamW moments (fp32)": 8 * n // gpus,
-        "weights (compute copy)" if gpus == 1 else "exchanged parts": weight_copy if gpus == 1 else gathered,
+    one_pass = training.batch_size == gpus * training.micro_batch_size
+    memory = {
+        "weights (fp32)": 4 * parameters // gpus,
+        "gradients (fp32)": 4 * parameters // (gpus if one_pass else 1),
+        "AdamW moments (fp32)": 8 * parameters // gpus,
         "activations (estimate)": tokens * kept,
         "logits": 3 * 4 * min(tokens, danube3.LOGIT_TOKENS) * c.vocab_size,
     }
+    if gpus > 1:  # embedding and head: fp32 weights and gradients; two layers' weights, one's gradient
+        layer = (parameters - ends) // c.num_hidden_layers
+        memory["unsharded"] = 8 * ends + (2 * compute_bytes + 4) * layer
+    elif compute_bytes < 4:
+        memory["weights (compute copy)"] = compute_bytes * parameters
+    return memory
 
+USABLE_MEMORY = 0.92  # [ours] of a GPU's memory; the rest goes to the driver and to fragmentation
+GPU_FLOPS = 4e14      # [ours] assumed operations per second of a GPU: 40 % of an H100's bf16 peak
 
-USABLE_MEMORY = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors [C]
+def choose_checkpointing(config: DanubeConfig, training: TrainConfig, wish: str, gpu_memory: float,
+                         gpus: int = 1) -> bool:
+    """Whether to use activation checkpointing: "on", "off", or "auto", only if it does not fit otherwise.
+    Training that cannot fit into `gpu_memory` bytes is refused, with what would help."""
+    def fits(micro_batch_size: int, gpus: int, checkpointing: bool) -> bool:
+        plan = replace(training, micro_batch_size=micro_batch_size)
+        return sum(memory_bytes(config, plan, 2, gpus, checkpointing).values()) <= USABLE_MEMORY * gpu_memory
 
-
-def choose_recompute(config: DanubeConfig, recipe: Recipe, wish: str, gpu_memory: float, gpus: int = 1) -> bool:
-    """Whether layers are to be computed again in the backward pass: as wished ("on", "off"), or if it fits only so
-    ("auto"). Training that cannot fit in `gpu_memory` bytes is refused, with what would help."""
-    def needs(recipe: Recipe, gpus: int, recompute: bool) -> int:
-        return sum(memory_bytes(config, recipe, 2, gpus, recompute).values())
-
-    room, one_row = USABLE_MEMORY * gpu_memory, replace(recipe, micro_batch_size=1)
     for choice in {"auto": (False, True), "on": (True,), "off": (False,)}[wish]:
-        if needs(recipe, gpus, choice) <= room:
+        if fits(training.micro_batch_size, gpus, choice):
             return choice
-    more = (gpus * 2 ** i for i in range(1, 13))
-    enough = next((n for n in more if needs(one_row, n, True) <= room), None)
-    if needs(recipe, gpus, True) <= room:
-        remedy = "--recompute on"
-    elif needs(one_row, gpus, True) <= room:
+    remedy = "a shorter --sequence-length, or --chat with --lora"
+    for i in range(12, 0, -1):
+        if fits(1, gpus * 2**i, True):
+            remedy = f"{gpus * 2**i} GPUs (torchrun --nproc-per-node; to plan: --gpus {gpus * 2**i})"
+    if fits(1, gpus, True):
         remedy = "--micro-batch-size 1"
-    elif enough:
-        remedy = f"{enough} GPUs (torchrun --nproc-per-node; to plan: --gpus {enough})"
-    else:
-        remedy = "a shorter --sequence-length, or --chat with --lora"
-    raise DanubeError(f"training needs {needs(recipe, gpus, wish != 'off') / 1e9:,.1f} GB on each GPU, and of "
-                      f"{gpu_memory / 1e9:,.1f} GB {room / 1e9:,.1f} can be used: take {remedy}")
+    if fits(training.micro_batch_size, gpus, True):
+        remedy = "--activation-checkpointing on"
+    needed = sum(memory_bytes(config, training, 2, gpus, wish != "off").values()) / 1e9
+    raise DanubeError(f"training needs {needed:,.1f} GB on each GPU, and of {gpu_memory / 1e9:,.1f} GB "
+                      f"{USABLE_MEMORY * gpu_memory / 1e9:,.1f} can be used: take {remedy}")
 
-
-def set_recompute(model: Danube3, recipe: Recipe, wish: str, device: torch.device) -> None:
-    """Have layers computed again in the backward pass if wished, or if this GPU's memory asks for it. On other devices
-    "auto" is off. With adapters, what is counted are the stored weights, activations and logits."""
-    again = wish == "on"
+def set_activation_checkpointing(model: Danube3, training: TrainConfig, wish: str,
+                                 device: torch.device) -> None:
+    """Switch activation checkpointing on if wished, or if the GPU's memory requires it."""
+    on = wish == "on"
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
+        memory, gpus = torch.cuda.get_device_properties(device).total_memory, danube3.rank_and_world_size()[1]
         if all(parameter.requires_grad for parameter in model.parameters()):
-            again = choose_recompute(model.config, recipe, wish, memory, danube3.processes()[1])
-        elif wish == "auto":
-            plan = memory_bytes(model.config, recipe)
-            weights = sum(p.nbytes for p in model.parameters()) // danube3.processes()[1]
-            weights += sum(codes.nbytes for codes in model.buffers())  # which processes do not share
-            again = weights + plan["activations (estimate)"] + plan["logits"] > USABLE_MEMORY * memory
+            on = choose_checkpointing(model.config, training, wish, memory, gpus)
+        elif wish == "auto":  # LoRA: stored weights, activations and logits count
+            plan = memory_bytes(model.config, training)
+            weights = sum(parameter.nbytes for parameter in model.parameters()) // gpus
+            weights += sum(buffer.nbytes for buffer in model.buffers())  # quantized codes are not sharded
+            on = weights + plan["activations (estimate)"] + plan["logits"] > USABLE_MEMORY * memory
     for module in model.modules():
         if isinstance(module, danube3.DecoderLayer):
-            module.recompute = again
-
+            module.activation_checkpointing = on
 
 def short_count(number: float) -> str:
     """1234567 -> 1.23M"""
@@ -122,255 +126,355 @@ def short_count(number: float) -> str:
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
 
-
-GPU_FLOPS = 4e14  # a second, that a run is assumed to reach: about 40 % of an H100's bf16 peak [C]
-
-
-def describe_run(config: DanubeConfig, recipe: Recipe, gpus: int = 1, recompute: bool = False,
-                 repeats: dict[str, float] | None = None) -> str:
-    """What a run would be, in one screen: stages, tokens of each source and how often it is repeated, parameters,
-    memory, operations, days."""
-    sources, parameters = list(recipe.stages[0].mixture), danube3.count_parameters(config)
-    tokens = recipe.total_steps * recipe.tokens_per_step
-    memory = memory_bytes(config, recipe, 2, gpus, recompute)
-    flops = danube3.flops_per_token(config, recipe.sequence_length) * tokens
-    days = flops * (4 / 3 if recompute else 1) / gpus / GPU_FLOPS / 86_400
+def describe_plan(config: DanubeConfig, training: TrainConfig, total_steps: int, gpus: int = 1,
+                  checkpointing: bool = False, epochs: dict[str, float] | None = None) -> str:
+    """A run in one screen: parameters, batches, memory, operations, days, stages and their sources."""
+    c, parameters, step = training, danube3.count_parameters(config), training.tokens_per_step
+    memory = memory_bytes(config, training, 2, gpus, checkpointing)
+    flops = danube3.flops_per_token(config, c.sequence_length) * total_steps * step
+    days = flops * (4 / 3 if checkpointing else 1) / gpus / GPU_FLOPS / 86_400
+    note = ", with activation checkpointing" if checkpointing else ""
+    passes = math.ceil(c.batch_size / gpus / c.micro_batch_size)
     lines = [
         f"parameters      {parameters:,}",
-        f"step            {recipe.tokens_per_step:,} tokens = {recipe.rows_per_step} rows of "
-        f"{recipe.sequence_length:,}, on each of {gpus} GPUs {recipe.micro_batch_size} at a time",
-        f"run             {recipe.total_steps:,} steps, {tokens:,} tokens, {flops:.3g} floating-point operations",
-        f"                {days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.0f} TFLOP/s each, about 40 % of an "
-        "H100's bf16 peak",
-        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU"
-        + (", layers computed again in the backward pass" if recompute else ""),
-        *(f"                {size / 1e9:10,.2f}  {name}" for name, size in memory.items()),
-        f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in fp32; the disk "
-        "holds two while one is written",
-        "", f"{'':16}{'steps':>12}{'tokens':>22}" + "".join(f"{name:>11}" for name in sources)]
-    totals = dict.fromkeys(sources, 0.0)
-    for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
-        shares = {name: weight / sum(stage.mixture.values()) for name, weight in stage.mixture.items()}
-        for name, share in shares.items():
-            totals[name] += share * (end - start) * recipe.tokens_per_step
-        lines.append(f"{stage.name:16}{end - start:>12,}{(end - start) * recipe.tokens_per_step:>22,}"
-                     + "".join(f"{shares[name]:>10.1%} " for name in sources))
-    lines.append(f"{'tokens':16}{recipe.total_steps:>12,}{tokens:>22,}"
-                 + "".join(f"{short_count(totals[name]):>11}" for name in sources))
-    if repeats:
-        lines.append(f"{'times read':50}" + "".join(f"{repeats.get(name, 0):>11.2f}" for name in sources))
+        f"step            {step:,} tokens: global batch of {c.batch_size} sequences of {c.sequence_length:,}",
+        f"{'':16}{gpus} GPUs x {passes} gradient accumulation steps x micro-batch of {c.micro_batch_size}",
+        f"run             {total_steps:,} steps, {total_steps * step:,} tokens, {flops:.3g} FLOPs",
+        f"{'':16}{days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.0f} TFLOP/s: 40 % of an H100's peak",
+        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU{note}",
+    ]
+    lines += [f"{size / 1e9:26,.2f}  {name}" for name, size in memory.items()]
+    lines.append(f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in "
+                 "fp32; the disk holds two while one is written")
+    if c.stages:
+        lines += describe_stages(training, epochs)
     return "\n".join(lines)
 
+def describe_stages(training: TrainConfig, epochs: dict[str, float] | None) -> list[str]:
+    """A table: steps, tokens and the share of each source, by stage."""
+    sources, step, start = list(training.stages[0].mixture), training.tokens_per_step, 0
+    totals = dict.fromkeys(sources, 0.0)
+    lines = ["", f"{'':16}{'steps':>12}{'tokens':>22}" + "".join(f"{name:>11}" for name in sources)]
+    for stage, end in zip(training.stages, training.stage_ends):
+        lines.append(f"{stage.name:16}{end - start:>12,}{(end - start) * step:>22,}")
+        for name in sources:
+            share = stage.mixture[name] / sum(stage.mixture.values())
+            totals[name] += share * (end - start) * step
+            lines[-1] += f"{share:>10.1%} "
+        start = end
+    lines.append(f"{'tokens':16}{start:>12,}{start * step:>22,}"
+                 + "".join(f"{short_count(total):>11}" for total in totals.values()))
+    if epochs:
+        lines.append(f"{'epochs':50}" + "".join(f"{epochs.get(name, 0):>11.2f}" for name in sources))
+    return lines
 
-# ----------------------------------------------------------------------------------------------- what a run has come to
-def plot_curves(out: Path, recipe: Recipe) -> Path | None:
-    """Loss over steps, with the stages and their mixtures below, as curves.png; None where matplotlib is missing."""
+# ---- What a run has come to
+
+def plot_curves(out: Path, training: TrainConfig) -> None:
+    """Write curves.png, if matplotlib is installed: loss over steps, the stages' mixtures below."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [entry for entry in entries if entry.get("loss") is not None]
-    checks = [entry for entry in entries if "val_loss" in entry]
+        return
+    steps: list[tuple[int, float]] = []               # step and loss, in training
+    checks: dict[str, list[tuple[int, float]]] = {}  # the same in validation, by source
+    for entry in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        if entry.get("loss") is not None:
+            steps.append((entry["step"], entry["loss"]))
+        for name, loss in entry.get("val_loss", {}).items():
+            checks.setdefault(name, []).append((entry["step"], loss))
     figure = Figure(figsize=(9, 6), layout="constrained")
-    loss_axes, mixture_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    loss_axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="0.7", linewidth=0.8, label="train")
-    for i, name in enumerate(recipe.stages[0].mixture):
-        losses = [e["val_loss"][name] for e in checks]
-        loss_axes.plot([e["step"] for e in checks], losses, "o-", color=f"C{i}", label=name)
-        for stage, start, end in zip(recipe.stages, [0, *recipe.stage_ends], recipe.stage_ends):
-            mixture = list(stage.mixture.values())
-            below, share = sum(mixture[:i]) / sum(mixture), mixture[i] / sum(mixture)
+    loss_axes = figure.subplots()
+    if training.stages:
+        figure.clear()
+        loss_axes, mixture_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        mixture_axes.set(xlabel="step", ylabel="share of source", ylim=(0, 1))
+    loss_axes.plot(*zip(*steps), color="0.7", linewidth=0.8, label="train")
+    for i, (name, curve) in enumerate(checks.items()):
+        loss_axes.plot(*zip(*curve), "o-", color=f"C{i}", label=name)
+        for stage, start, end in zip(training.stages, [0, *training.stage_ends], training.stage_ends):
+            mixture, total = list(stage.mixture.values()), sum(stage.mixture.values())
+            below, share = sum(mixture[:i]) / total, mixture[i] / total
             mixture_axes.bar(start, share, end - start, below, align="edge", color=f"C{i}", edgecolor="white")
-    for end in recipe.stage_ends[:-1]:
+    for end in training.stage_ends[:-1]:
         loss_axes.axvline(end, color="0.4", linestyle=":", linewidth=1)
     loss_axes.set(ylabel="loss per token (lines: training; dots: validation)")
     loss_axes.legend(ncols=4, fontsize=8)
-    mixture_axes.set(xlabel="step", ylabel="share of source", ylim=(0, 1))
     figure.savefig(out / "curves.png", dpi=120)
-    return out / "curves.png"
+    print(f"curves in {out / 'curves.png'}")
 
-
-def report_run(model: Danube3, tokenizer: Tokenizer, data: StagedData | ChatData, out: Path, quiz: Path) -> None:
-    """What a run has come to: curves, a few words from a model that continues text, and the quiz where there is one."""
-    if curves := plot_curves(out, data.recipe):
-        print(f"curves in {curves}")
-    for seed in range(2) if isinstance(data, StagedData) else ():
+def report_run(args: argparse.Namespace, run: danube3.Trainer) -> None:
+    """Curves, two samples of a model that completes text, and its accuracy on a quiz, where there is one."""
+    plot_curves(run.out, run.config)
+    model, tokenizer = danube3.load_checkpoint(run.out, run.device)
+    if isinstance(run.data, StagedData):
+        quiz = run.data.data.folder / "quiz.jsonl"
         prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
-        ids = danube3.generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
-        print(f"--- a sample\n{tokenizer.decode(ids)}")
+        for seed in range(2):
+            ids = danube3.generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
+            print(f"--- a sample\n{tokenizer.decode(ids)}")
+    else:
+        quiz = args.chat.with_name(f"{args.chat.stem}-quiz.jsonl")
     if quiz.is_file():
         print(f"--- {quiz}\n{sample.as_table(sample.evaluate(model, tokenizer, quiz))}")
+    print("try: python sample.py", args.merge or run.out, "--chat" if args.chat else '"Once upon a time"')
 
-
-def dense(model: Danube3) -> Danube3:
-    """Put ordinary matrices in place of quantized ones."""
+def dequantize_model(model: Danube3) -> Danube3:
+    """Replace quantized linear layers and embeddings by ordinary ones, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, danube3.QuantizedLinear):
-            with torch.device("meta"):
-                plain = (nn.Embedding(module.out_features, module.in_features)
-                         if isinstance(module, danube3.QuantizedEmbedding)
-                         else nn.Linear(module.in_features, module.out_features, bias=False))
+            plain: nn.Module = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            if isinstance(module, danube3.QuantizedEmbedding):
+                plain = nn.Embedding(module.out_features, module.in_features, device="meta")
             plain.weight = nn.Parameter(module.weight.to(model.dtype))
             model.set_submodule(name, plain)
     return model
 
+# ---- The machine: its speed, its processes, its signals
 
-# ---------------------------------------------------------------------------------------------------------- the program
+def measure_matmul_peak(device: torch.device, seconds: float = 0.3) -> float:
+    """The best rate of a square matrix product in compute_dtype, in operations per second. MFU is measured
+    against it. (Papers use the data sheet's peak instead.) The matrices grow while time is left, because a
+    CPU that emulates fp16 would need a minute for one large product."""
+    dtype, size, best = danube3.compute_dtype(device), 128, 0.0
+    largest = 2_048 if device.type == "cpu" else 8_192
+
+    def time_product(size: int) -> float:
+        a = torch.randn(size, size, device=device).to(dtype)
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # .item() waits for the device
+        return time.perf_counter() - start
+
+    time_product(size)  # the very first product loads a library
+    end = time.perf_counter() + seconds
+    while True:
+        elapsed = min(time_product(size), time_product(size))
+        best = max(best, 2 * size**3 / elapsed)
+        left = end - time.perf_counter()
+        if left < 2 * elapsed:
+            return best
+        if size < largest and left > 2 * 8 * elapsed:  # two products of twice the size
+            size *= 2
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes that torchrun has started, if it has."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    backend, own = "gloo", None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend, own = "nccl", device
+    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own)  # all wait while rank 0 saves
+
+def compile_model(model: Danube3) -> None:
+    """torch.compile fuses the small operations of a decoder layer. All layers share the result."""
+    if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+        for layer in model.model.layers:
+            layer.compile()
+    elif danube3.rank_and_world_size()[0] == 0:
+        print("no C++ compiler found: going on without --compile")
+
+@contextlib.contextmanager
+def catch_interrupts(world_size: int) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM becomes an entry of the yielded list. A second one ends the program.
+    Under torchrun a second Ctrl-C is ignored, because torchrun passes the first on several times. SIGTERM is
+    not caught there: torchrun sends it when another process has failed."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: object) -> None:
+        if caught and world_size == 1:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = {signal.SIGINT: signal.signal(signal.SIGINT, catch)}
+    if world_size == 1:
+        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+# ---- The program
+
 def arguments() -> argparse.Namespace:
-    parser, tokens, count = danube3.Arguments(__doc__), danube3.token_count, danube3.positive
-    parser.add_argument("--init", help="start from the weights of this checkpoint, run or published folder")
-    parser.add_argument("--out", type=Path, help="run folder [out/<config>; with --chat out/<init>-chat]")
+    parser = danube3.Arguments(__doc__)
+    parser.add_argument("--init", help="start from this checkpoint, output directory or published folder")
+    parser.add_argument("--out", type=Path, help="output directory [out/<config> or out/<init>-chat]")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would be, and stop")
-    parser.add_argument("--micro-batch-size", type=count, help="rows at once: memory, not the result [the recipe's]")
-    parser.add_argument("--learning-rate", type=float, help="its peak [the recipe's]")
-    parser.add_argument("--save-every", type=count, help="steps between checkpoints [the recipe's]")
-    parser.add_argument("--seed", type=int, help="of the initial weights and the order of the data [the recipe's]")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of the run, and stop")
+    parser.add_argument("--micro-batch-size", type=positive, help="sequences per pass; changes memory only")
+    parser.add_argument("--learning-rate", type=float, help="its peak")
+    parser.add_argument("--save-every", type=positive, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, help="of the initial weights and the order of the data")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--compile", action="store_true", help="compile the model first (a CPU needs a C++ compiler)")
-    parser.add_argument("--recompute", choices=["auto", "on", "off"], default="auto",
-                        help="keep little of each layer, and compute it again in the backward pass: memory for time")
-    parser.add_argument("--gpus", type=count, help="with --dry-run: plan for so many [1]")
-    parser.add_argument("--gpu-memory", type=count, metavar="GB", help="with --dry-run: of each [80]")
+    parser.add_argument("--compile", action="store_true", help="compile the model (CPUs need a C++ compiler)")
+    parser.add_argument("--activation-checkpointing", "--recompute", choices=["auto", "on", "off"],
+                        default="auto", help="recompute in the backward pass: less memory, more time")
+    parser.add_argument("--gpus", type=positive, help="with --dry-run: plan for this many [1]")
+    parser.add_argument("--gpu-memory", type=positive, metavar="GB", help="with --dry-run: of each GPU [80]")
     stages = parser.add_argument_group("pre-training")
     stages.add_argument("--config", choices=list(danube3.CONFIGS), help="which model [toy]")
-    stages.add_argument("--data", type=Path, help="folder of token shards [data/<config>; the toy makes its own]")
-    stages.add_argument("--tokens", type=tokens, help="200k, 10B: training tokens, stages in proportion [the recipe's]")
-    stages.add_argument("--tokens-per-step", type=tokens, help="tokens of one optimizer step [the recipe's]")
+    stages.add_argument("--data", type=Path, help="token shards [data/<config>; the toy makes its own]")
+    stages.add_argument("--tokens", type=token_count, help="200k, 10B: training tokens, stages in proportion")
+    stages.add_argument("--tokens-per-step", type=token_count, help="tokens of one optimizer step")
     stages.add_argument("--mixture", choices=["staged", "constant", "reversed"],
-                        help="the report's stages; the same tokens mixed evenly; or the stages backwards [staged]")
-    stages.add_argument("--sequence-length", type=count, help="tokens of a row [the recipe's]")
-    stages.add_argument("--layers", type=count, help="fewer layers than the configuration's: to try out")
-    chat = parser.add_argument_group("chat fine-tuning")
-    chat.add_argument("--chat", type=Path, metavar="JSONL", help='a conversation, or a text with its label, a line')
-    chat.add_argument("--epochs", type=count, help="how often each conversation is read [1]")
-    chat.add_argument("--batch-size", type=count, help=f"conversations of one optimizer step [{danube3.CHAT_ROWS}]")
-    chat.add_argument("--lora", type=count, metavar="RANK", help="train adapters of this rank instead of all weights")
-    chat.add_argument("--merge", type=Path, metavar="FOLDER", help="at the end, write base and adapters as one model")
-    chat.add_argument("--system", choices=["fold"], help="put system messages in front of the first user message")
+                        help="the report's stages; one mixture throughout; or the stages backwards [staged]")
+    stages.add_argument("--sequence-length", type=positive, help="tokens of a sequence")
+    stages.add_argument("--layers", type=positive, help="fewer layers than the configuration's: to try out")
+    chat = parser.add_argument_group("supervised fine-tuning on conversations")
+    chat.add_argument("--chat", type=Path, metavar="JSONL", help="conversations, or texts with their labels")
+    chat.add_argument("--epochs", type=positive, help="how often each conversation is read [1]")
+    chat.add_argument("--batch-size", type=positive, help="conversations of one optimizer step [16]")
+    chat.add_argument("--lora", type=positive, metavar="RANK", help="train LoRA adapters of this rank")
+    chat.add_argument("--merge", type=Path, metavar="FOLDER", help="write base and adapters as one model too")
+    chat.add_argument("--system", choices=["fold"], help="put a system message before the first user message")
     args = parser.parse_args()
-    for action in (stages if args.chat else chat)._group_actions:  # flags of the other kind of training
+    other, problem = (stages, "cannot go together with") if args.chat else (chat, "needs")
+    for action in other._group_actions:  # flags of the other kind of training
         if getattr(args, action.dest) is not None:
-            parser.error(f"{action.option_strings[0]} {'cannot go together with' if args.chat else 'needs'} --chat")
-    if args.chat and not args.init or args.merge and not args.lora:
-        parser.error("--merge needs --lora" if args.init else "--chat needs --init, the model to start from")
-    if (args.gpus or args.gpu_memory) and not args.dry_run:
-        parser.error("--gpus and --gpu-memory are for --dry-run: to train on several, start train.py with torchrun")
-    if args.merge and args.merge.exists():
-        parser.error(f"{args.merge} already exists")
-    if args.lora and args.dry_run:
-        parser.error("--dry-run plans a training without --lora only")
+            parser.error(f"{action.option_strings[0]} {problem} --chat")
+    require(args.init or not args.chat, "--chat needs --init, the model to start from")
+    require(args.lora or not args.merge, "--merge needs --lora")
+    require(args.dry_run or not (args.gpus or args.gpu_memory),
+            "--gpus and --gpu-memory are for --dry-run: to train on several, start train.py with torchrun")
+    require(not (args.merge and args.merge.exists()), f"{args.merge} already exists: choose another --merge")
+    require(not (args.lora and args.dry_run), "--dry-run plans training without --lora only")
     return args
 
-
-def adjusted(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with what the command line says otherwise."""
-    names = ("sequence_length", "tokens_per_step", "micro_batch_size", "learning_rate", "save_every", "seed")
+def adjust(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+    """The training config with what the command line changes."""
+    names = ("batch_size", "sequence_length", "micro_batch_size", "learning_rate", "save_every", "seed")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return recipe.scaled_to(args.tokens, **changes) if args.tokens else replace(recipe, **changes)
+    if not args.chat:
+        length = args.sequence_length or config.sequence_length
+        tokens = args.tokens_per_step or config.tokens_per_step
+        require(tokens % length == 0, f"a step of {tokens:,} tokens is no whole number of sequences of "
+                f"{length:,}: use --tokens-per-step {max(1, tokens // length) * length}")
+        changes["batch_size"] = tokens // length
+    config = replace(config, **changes)
+    return config.with_tokens(args.tokens) if args.tokens else config
 
-
-def plan(args: argparse.Namespace, config: DanubeConfig, recipe: Recipe,
-         repeats: dict[str, float] | None = None) -> NoReturn:
-    """Print what the run would be, and stop; refuse one that cannot fit."""
-    gpus, memory = args.gpus or 1, (args.gpu_memory or 80) * 1e9
-    recipe = danube3.shared_recipe(recipe, gpus)
+def plan(args: argparse.Namespace, config: DanubeConfig, training: TrainConfig, total_steps: int,
+         epochs: dict[str, float] | None = None) -> None:
+    """Print what the run would be, and end the program; refuse a run that cannot fit."""
+    gpus, memory, wish = args.gpus or 1, (args.gpu_memory or 80) * 1e9, args.activation_checkpointing
+    require(training.batch_size % gpus == 0, f"a step of {training.batch_size} sequences cannot be divided "
+            f"evenly among {gpus} GPUs: change one")
+    training = replace(training, micro_batch_size=min(training.micro_batch_size, training.batch_size // gpus))
+    checkpointing = wish != "off"  # described even if it cannot fit
     try:
-        recompute = choose_recompute(config, recipe, args.recompute, memory, gpus)
-    except DanubeError:
-        print(describe_run(config, recipe, gpus, args.recompute != "off", repeats))
-        raise
-    print(describe_run(config, recipe, gpus, recompute, repeats))
+        checkpointing = choose_checkpointing(config, training, wish, memory, gpus)
+    finally:
+        print(describe_plan(config, training, total_steps, gpus, checkpointing, epochs))
     sys.exit()
 
-
-def pretraining(args: argparse.Namespace, base: Path | None) -> tuple[Danube3, Tokenizer, StagedData]:
-    """-> model, tokenizer, data"""
-    name = args.config or "toy"
-    config, recipe = danube3.CONFIGS[name], remix(danube3.RECIPES[name], args.mixture or "staged")
+def pre_training(args: argparse.Namespace, base: Path | None,
+                 start: str) -> tuple[Danube3, Tokenizer, StagedData]:
+    """-> model (on the device `start`), tokenizer, data"""
+    name, rank = args.config or "toy", danube3.rank_and_world_size()[0]
+    config = danube3.CONFIGS[name]
     config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
-    recipe, folder = adjusted(recipe, args), args.data or Path("data", name)
-    if recipe.sequence_length > config.max_position_embeddings:
-        raise DanubeError(f"--sequence-length {recipe.sequence_length}: the context of {name} is "
-                          f"{config.max_position_embeddings}: use that or less")
-    if args.dry_run:
-        repeats = None
-        if (folder / "meta.json").is_file():
-            repeats = StagedData(danube3.TokenData(folder, config, recipe.sequence_length), recipe).repeats
-        plan(args, config, recipe, repeats)
-    if name == "toy" and not args.data and not folder.exists() and danube3.processes()[0] == 0:
+    training = adjust(remix(danube3.TRAIN_CONFIGS[name], args.mixture or "staged"), args)
+    folder, steps = args.data or Path("data", name), training.stage_ends[-1]
+    require(steps > 0, f"this is less than one step of {training.tokens_per_step:,} tokens: raise --tokens")
+    require(training.sequence_length <= config.max_position_embeddings, "--sequence-length "
+            f"{training.sequence_length}: the context of {name} is {config.max_position_embeddings}")
+    if args.dry_run and not (folder / "meta.json").is_file():
+        plan(args, config, training, steps)
+    if name == "toy" and not args.data and not folder.exists() and rank == 0:
         toy.make(folder)
-    danube3.wait_for_all()
-    data = danube3.TokenData(folder, config, recipe.sequence_length)
-    batches = StagedData(data, danube3.shared_recipe(recipe, danube3.processes()[1]))
-    for source, times in batches.repeats.items():
-        if times > 1.05:
-            danube3.say(f"source {source!r} has less text than its share, and is read {times:.1f} times")
-    if not base:
-        model = Danube3.new(config, recipe.seed)
-    else:
-        model, tokenizer = danube3.load_checkpoint(base, dtype=torch.float32)
-        model = danube3.merge_lora(model)
-        if model.config != config or tokenizer.sha256 != data.tokenizer.sha256:
-            raise DanubeError(f"--init {base} is no {name} with the tokenizer of {folder}: choose another")
-    return model, data.tokenizer, batches
-
-
-def chat(args: argparse.Namespace, base: Path, device: torch.device) -> tuple[Danube3, Tokenizer, ChatData]:
-    """-> model, tokenizer, data"""
-    if args.lora and (base / "adapter_config.json").is_file():
-        raise DanubeError(f"{base} is a folder of adapters: --lora needs a whole model (--merge writes one)")
-    dtype = danube3.compute_dtype(device) if args.lora else torch.float32
-    model, tokenizer = danube3.load_checkpoint(base, dtype=dtype)
-    conversations = read_conversations(args.chat, bool(args.system))
-    data = ChatData(conversations, tokenizer, model.config, args.epochs or 1, args.batch_size or danube3.CHAT_ROWS,
-                    bool(args.lora), bool(args.system), args.chat, danube3.file_sha256(args.chat))
-    data.recipe = adjusted(data.recipe, args)
-    danube3.say(data.summary)
+    if dist.is_initialized():
+        dist.barrier()
+    data = StagedData(danube3.TokenData(folder, config, training.sequence_length), training)
     if args.dry_run:
-        plan(args, model.config, data.recipe)
-    data.recipe = danube3.shared_recipe(data.recipe, danube3.processes()[1])
-    model = danube3.add_lora(model, args.lora, data.recipe.seed) if args.lora else danube3.merge_lora(model)
-    return model, tokenizer, data
+        plan(args, config, training, steps, data.epochs)
+    for source, epochs in data.epochs.items():
+        if epochs > 1.05 and rank == 0:
+            print(f"source {source!r} has less text than its share, and is read {epochs:.1f} times")
+    if not base:
+        return Danube3.new(config, training.seed, start), data.data.tokenizer, data
+    model, tokenizer = danube3.load_checkpoint(base, start, torch.float32)
+    require(model.config == config and tokenizer.sha256 == data.data.tokenizer.sha256,
+            f"--init {base} is no {name} with the tokenizer of {folder}: choose another")
+    return danube3.merge_lora(model), tokenizer, data
 
+def fine_tuning(args: argparse.Namespace, base: Path, start: str,
+                device: torch.device) -> tuple[Danube3, Tokenizer, ChatData]:
+    """-> model (on the device `start`), tokenizer, data"""
+    require(not (args.lora and (base / "adapter_config.json").is_file()),
+            f"{base} holds adapters: --lora needs a whole model (--merge writes one)")
+    dtype = danube3.compute_dtype(device) if args.lora else torch.float32
+    model, tokenizer = danube3.load_checkpoint(base, start, dtype)
+    conversations = read_conversations(args.chat, bool(args.system))
+    fingerprint = {"chat": danube3.file_sha256(args.chat), "fold_system": bool(args.system)}
+    training = adjust(danube3.sft_config(model.config, bool(args.lora)), args)
+    try:
+        data = ChatData(conversations, tokenizer, model.config.max_position_embeddings, training,
+                        args.epochs or 1, fingerprint)
+    except DanubeError as error:
+        raise DanubeError(f"{args.chat}: {error}") from error
+    if args.micro_batch_size:
+        data.config = replace(data.config, micro_batch_size=args.micro_batch_size)
+    if danube3.rank_and_world_size()[0] == 0:
+        print(data.summary)
+    if args.dry_run:
+        plan(args, model.config, data.config, data.total_steps)
+    if args.lora:
+        return danube3.add_lora(model, args.lora, training.seed), tokenizer, data
+    return danube3.merge_lora(model), tokenizer, data
+
+def output_directory(args: argparse.Namespace, base: Path | None) -> Path:
+    """--out, or a name made from --init or --config."""
+    if not (args.chat and base):
+        return args.out or Path("out", args.config or "toy")
+    run = base.absolute()
+    if run.name.startswith("step-"):  # out/toy/step-0001758: the run's name is toy
+        run = run.parent
+    return args.out or Path("out", f"{run.name}-chat")
 
 def main() -> int:
     args = arguments()
     device = danube3.pick_device(args.device)
-    danube3.join_processes(device)
-    base = danube3.find_checkpoint(args.init) if args.init else None
-    model, tokenizer, data = chat(args, base, device) if args.chat and base else pretraining(args, base)
-    if not args.lora and any(isinstance(module, danube3.QuantizedLinear) for module in model.modules()):
-        raise DanubeError(f"{base} is quantized, so only adapters can be trained on it: add --lora 16")
-    set_recompute(model, data.recipe, args.recompute, device)
+    join_processes(device)
+    rank, world_size = danube3.rank_and_world_size()
+    base, start = danube3.find_checkpoint(args.init) if args.init else None, "cpu" if rank == 0 else "meta"
+    data: StagedData | ChatData
+    if args.chat and base:
+        model, tokenizer, data = fine_tuning(args, base, start, device)
+    else:
+        model, tokenizer, data = pre_training(args, base, start)
+    quantized = any(isinstance(module, danube3.QuantizedLinear) for module in model.modules())
+    require(args.lora or not quantized, f"{base} is quantized, so train adapters only: add --lora 16")
+    out = output_directory(args, base)
+    require(not args.merge or args.merge.resolve() != out.resolve(), f"{args.merge} is the run's own --out")
+    own_share = replace(data.config, micro_batch_size=min(data.config.micro_batch_size,
+                                                          max(1, data.config.batch_size // world_size)))
+    set_activation_checkpointing(model, own_share, args.activation_checkpointing, device)
     if args.compile:
-        danube3.compile_model(model)
-    model = danube3.share_model(model, device).train()
-    start = base and base.absolute()
-    start = start.parent if start and start.name.startswith("step-") else start  # out/toy/step-..: the run's name, toy
-    out = args.out or Path("out", f"{start.name}-chat" if args.chat and start else args.config or "toy")
-    if args.merge and args.merge.resolve() == out.resolve():
-        raise DanubeError(f"--merge {args.merge} is where the run itself is written: choose another folder")
-    write = functools.partial(danube3.save_adapter, base=base) if args.lora and base else danube3.save_checkpoint
+        compile_model(model)
     torch.backends.cuda.enable_cudnn_sdp(not args.chat)  # see pick_device
-    finished = danube3.train(danube3.Run(out, model, tokenizer, data, args.resume, base, write))
+    run = danube3.Trainer(out, model, tokenizer, data, args.resume, base, device)
+    if rank == 0:
+        trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+        dtype = str(danube3.compute_dtype(device)).removeprefix("torch.")
+        print(f"{trainable:,} trainable parameters, {data.total_steps:,} steps of {data.config.batch_size} "
+              f"sequences on {world_size} x {device.type} in {dtype}")
+    with catch_interrupts(world_size) as interrupts:
+        finished = danube3.train(run, world_size * measure_matmul_peak(device), interrupts)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    together, rank = danube3.processes()[1] > 1, danube3.leave_processes()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if not finished and rank == 0:
-        again = "the same torchrun command," if together else f"python train.py {shlex.join(sys.argv[1:])}"
+        flags = shlex.join(sys.argv[1:])
+        again = "the same torchrun command," if world_size > 1 else f"python train.py {flags}"
         print(f"interrupted, and saved; go on with: {again}{'' if args.resume else ' --resume'}")
-    if rank or not finished:
-        return 0 if finished else 130  # the rest is the first process's work
-    if args.merge:
-        whole = dense(danube3.merge_lora(danube3.load_checkpoint(out)[0]))  # in the base's own precision
-        danube3.save_checkpoint(args.merge, whole, tokenizer, dtype=whole.dtype)
-    quiz = (data.data.folder / "quiz.jsonl" if isinstance(data, StagedData)
-            else args.chat.with_name(f"{args.chat.stem}-quiz.jsonl"))
-    report_run(danube3.load_checkpoint(out, device)[0], tokenizer, data, out, quiz)
-    print(f"try: python sample.py {args.merge or out} " + ("--chat" if args.chat else '"Once upon a time"'))
-    return 0
-
+    if finished and rank == 0:
+        if args.merge:
+            merged = dequantize_model(danube3.merge_lora(danube3.load_checkpoint(out)[0]))
+            danube3.save_checkpoint(args.merge, merged, tokenizer, merged.dtype)
+        report_run(args, run)
+    return 0 if finished else 130
 
 if __name__ == "__main__":
     danube3.run_command(main)

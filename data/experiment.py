@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/experiment.py` finds danube3
 import danube3  # noqa: E402
 import sample  # noqa: E402
-from data.read import read_jsonl  # noqa: E402
+from data.read import positive, read_jsonl  # noqa: E402
 
 ORDERS = ("staged", "constant", "reversed")
 OUTCOMES = {  # column: what it is
@@ -63,7 +63,7 @@ def one_run(args: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
     train(args, chat, "--chat", str(data / "chat.jsonl"), "--init", str(base), "--seed", str(seed))
     model, tokenizer = danube3.load_checkpoint(base)
     questions = read_jsonl(data / "statements.jsonl")
-    scores = sample.choice_scores(model, tokenizer, questions)
+    scores = sample.choice_log_likelihoods(model, tokenizer, questions)
     picks = [each.index(max(each)) for each in scores]
     talk = sample.evaluate(*danube3.load_checkpoint(chat), data / "chat-quiz.jsonl")
     return {"order": order, "seed": seed,
@@ -146,9 +146,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = danube3.Arguments(__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=danube3.positive, default=5, help="of each order, at most 10")
-    parser.add_argument("--workers", type=danube3.positive, default=2, help="runs at a time, which share the cores")
-    parser.add_argument("--tokens", help="of each run, to try out [the recipe's]")
+    parser.add_argument("--seeds", type=positive, default=5, help="of each order, at most 10")
+    parser.add_argument("--workers", type=positive, default=2, help="runs at a time, which share the cores")
+    parser.add_argument("--tokens", help="of each run, to try out [the config's]")
     parser.add_argument("--data", type=Path, default=Path("data/toy"), help="the toy world; made if it is not there")
     parser.add_argument("--out", type=Path, help="the runs [out/experiment-<data>]")
     parser.add_argument("--csv", type=Path, default=Path("data/experiment.csv"), help="a line for each run")

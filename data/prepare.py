@@ -37,6 +37,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -51,10 +52,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/prepare.py` finds danube3
 import danube3  # noqa: E402
 from danube3 import DanubeError  # noqa: E402
-from data.read import check_turns  # noqa: E402
+from data.read import check_turns, positive, token_count  # noqa: E402
 from data.toy import train_tokenizer  # noqa: E402
 
-OPEN = {  # what stands in for the report's six sources, whose texts are not published [C]
+OPEN = {  # what stands in for the report's six sources, whose texts are not published [ours]
     "web": "hub:HuggingFaceFW/fineweb",
     "wikipedia": "hub:wikimedia/wikipedia:20231101.en",
     "academic": "hub:common-pile/peS2o_filtered",
@@ -66,12 +67,12 @@ TEXT = (".txt", ".md", ".rst", ".html", ".py", ".txt.gz")   # one document a fil
 LINES = (".jsonl", ".jsonl.gz", ".json.gz")                 # one JSON object a line
 SUFFIXES = (*TEXT, *LINES, ".parquet")
 
-DOCUMENT_BYTES = 2 ** 20        # a longer text becomes several documents, cut at line ends [C]
-BATCH_BYTES = 4 * 2 ** 20       # of text in one spool file [C]
-LINE_BYTES = 64 * 2 ** 20       # a longer line of JSON is taken for a mistake [C]
+DOCUMENT_BYTES = 2 ** 20        # a longer text becomes several documents, cut at line ends [ours]
+BATCH_BYTES = 4 * 2 ** 20       # of text in one spool file [ours]
+LINE_BYTES = 64 * 2 ** 20       # a longer line of JSON is taken for a mistake [ours]
 SAMPLE_BYTES = 10_000           # a tokenizer is trained on pieces of this size ..
 SAMPLE_PIECES = 1_000           # .. this many of each source ..
-SAMPLE_READ = 100_000           # .. from among this many, the first ones [C]
+SAMPLE_READ = 100_000           # .. from among this many, the first ones [ours]
 BINS = 2 ** 16                  # parts of the range of digests; a shard is some neighbouring ones
 
 
@@ -123,6 +124,7 @@ def row_records(what: str, field: str, name: str, config: str | None = None, spl
     except ImportError as error:
         raise DanubeError(f"reading {what} takes the package datasets: pip install datasets") from error
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(50)  # its errors are ours to tell
     try:
         rows = datasets.load_dataset(name, config or None, split=split, streaming=True, **options)
         for number, row in enumerate(rows, start=1):
@@ -485,7 +487,7 @@ def find_tokenizer(name: str) -> danube3.Tokenizer:
     if tokenizer.vocab_size > 2 ** 16:
         raise DanubeError(f"{path} has {tokenizer.vocab_size:,} pieces, and shards hold numbers below 65,536: use a "
                           "smaller vocabulary")
-    if (tokenizer.pieces.bos_id(), tokenizer.pieces.eos_id()) != (1, 2):
+    if (tokenizer.sp.bos_id(), tokenizer.sp.eos_id()) != (1, 2):
         raise DanubeError(f"{path} does not have <s> and </s> as ids 1 and 2: use another tokenizer")
     return tokenizer
 
@@ -513,7 +515,9 @@ def begin_or_go_on(partial: Path, state: dict[str, object]) -> None:
             raise DanubeError(f"{partial} was begun with another {', another '.join(changed)}: give the same command "
                               "again to go on, or remove that folder to begin anew")
     elif not (partial / "meta.json").is_file():  # else there was only the last renaming left to do
-        danube3.empty_folder(partial)
+        shutil.rmtree(partial / "spool", ignore_errors=True)
+        for leftover in partial.iterdir():
+            leftover.unlink()
         path.parent.mkdir()
         write_whole(path, json.dumps(state).encode())
 
@@ -530,6 +534,20 @@ def write_all(partial: Path, sources: list[Source], found: danube3.Tokenizer | i
     write_whole(partial / "meta.json", f"{json.dumps(meta, indent=2)}\n".encode())
 
 
+@contextlib.contextmanager
+def locked_patiently(folder: Path) -> Iterator[None]:
+    """As danube3.locked, but wait two seconds: the workers of a command that was killed hold the lock for a moment."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            with contextlib.suppress(DanubeError):
+                stack.enter_context(danube3.locked(folder))
+                break
+            time.sleep(0.05)
+        else:
+            stack.enter_context(danube3.locked(folder))
+        yield
+
+
 def prepare(sources: list[Source], args: argparse.Namespace) -> None:
     """Write the data folder args.out, or go on writing it."""
     partial = args.out.with_name(f"{args.out.name}.partial")
@@ -539,12 +557,12 @@ def prepare(sources: list[Source], args: argparse.Namespace) -> None:
              "batch size": BATCH_BYTES, **{f"source {source.name}": source.identity() for source in sources}}
     partial.mkdir(parents=True, exist_ok=True)
     try:
-        with danube3.locked(partial):
+        with locked_patiently(partial):
             begin_or_go_on(partial, state)
             if not (partial / "meta.json").is_file():
                 write_all(partial, sources, found, args)
             shutil.rmtree(partial / "spool", ignore_errors=True)
-            danube3.write_digests(partial)
+            danube3.write_checksums(partial)
             partial.rename(args.out)
             danube3.sync(args.out.parent)
     except KeyboardInterrupt as error:
@@ -574,7 +592,7 @@ def report(out: Path, sources: list[Source]) -> None:
 
 def tokens_needed(total: int, fraction: float) -> dict[str, int]:
     """Tokens of each source that the three stages read in a run of `total`, and what goes to validation besides."""
-    stages = danube3.RECIPES["500m"].scaled_to(total).stages
+    stages = danube3.TRAIN_CONFIGS["500m"].with_tokens(total).stages
     needed = {name: sum(stage.tokens * stage.mixture[name] / sum(stage.mixture.values()) for stage in stages)
               for name in danube3.SOURCES}
     return {name: math.ceil(tokens / (1 - fraction)) for name, tokens in needed.items()}
@@ -598,7 +616,7 @@ def tokenizer_choice(text: str) -> str | int:
 
 
 def arguments() -> argparse.Namespace:
-    parser, count = danube3.Arguments(__doc__.splitlines()[0]), danube3.positive
+    parser, count = danube3.Arguments(__doc__.splitlines()[0]), positive
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("inputs", nargs="*", metavar="SOURCE=PATTERN",
                         help=f"a file, folder, glob or hub:owner/name[:config[:split]]; files: {' '.join(SUFFIXES)}")
@@ -607,7 +625,7 @@ def arguments() -> argparse.Namespace:
                         help="a tokenizer.model, a folder with one, mistral (from the package mistral-common), or "
                         "train:VOCAB to train one of VOCAB pieces on the sources")
     parser.add_argument("--open", action="store_true", help="take open data sets from the Hub for all six sources")
-    parser.add_argument("--tokens", type=danube3.token_count, help="with --open: tokens of the run to prepare for")
+    parser.add_argument("--tokens", type=token_count, help="with --open: tokens of the run to prepare for")
     parser.add_argument("--val", type=fraction, default=0.005, help="the part of the documents kept for validation")
     parser.add_argument("--shard-tokens", type=count, default=2 ** 27, help="tokens of a shard, about")
     parser.add_argument("--workers", type=count, default=cores, help="processes")

@@ -1,8 +1,8 @@
 """Classification beside its simplest baseline: `python tests/bench_classify.py data/toy/passages.jsonl [FOLDER ...]`.
 
-The baseline is a logistic regression on TF-IDF features, with n-grams (of words, and of pairs of them) and the
-strength of its regularization chosen by five-fold cross-validation; it learns from the file and is asked the texts of
-the -quiz file beside it. So is each FOLDER, a model that `train.py --chat` has taught on the file.
+The baseline is a logistic regression on TF-IDF features. Its n-grams (words, or words and pairs of words) and the
+strength of its regularization are chosen by five-fold cross-validation. It learns from the file and is evaluated on
+the -quiz file beside it. So is each FOLDER, a model that `train.py --chat` has fine-tuned on the file.
 Needs `pip install scikit-learn`.
 """
 import sys
@@ -35,7 +35,7 @@ def baseline(train: list[dict], test: list[dict]) -> tuple[float, float]:
 def main() -> None:
     parser = danube3.Arguments(__doc__.splitlines()[0])
     parser.add_argument("texts", type=Path, help='{"text": .., "label": ..} a line; NAME-quiz.jsonl lies beside it')
-    parser.add_argument("folders", nargs="*", help="models that were taught on it")
+    parser.add_argument("folders", nargs="*", help="models that were fine-tuned on it")
     args = parser.parse_args()
     quiz = args.texts.with_name(f"{args.texts.stem}-quiz.jsonl")
     rows = [("TF-IDF and logistic regression", *baseline(read_jsonl(args.texts), read_jsonl(quiz)))]

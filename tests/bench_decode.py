@@ -1,4 +1,4 @@
-"""How fast is one token? `python tests/bench_decode.py` decodes with a 500m of random weights, beside llama.cpp.
+"""How fast is one token? `python tests/bench_decode.py` compares decoding with llama.cpp, with a random 500m.
 
 Batch 1, alternating rounds of 32 tokens after a prompt of 8: our int8 and int4 folders, the GGUF files exported from
 them in llama.cpp (`pip install llama-cpp-python`), and transformers' `generate` in bf16. Ratios are what counts.
@@ -14,10 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import safetensors  # noqa: E402
 import torch  # noqa: E402
 
 import danube3  # noqa: E402
 import quantize  # noqa: E402
+import train  # noqa: E402
 
 PROMPT, TOKENS = [1, 50, 60, 70, 80, 90, 100, 110], 32
 
@@ -27,12 +29,15 @@ def prepare(out, name):
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "bf16").exists():
         tokenizer = danube3.Tokenizer(ROOT / "data" / "toy" / "tokenizer.model")  # the other ids are unused
-        model = danube3.Danube3(danube3.CONFIGS[name]).init_weights(0)
+        model = danube3.Danube3.new(danube3.CONFIGS[name], seed=0)
         danube3.save_checkpoint(out / "bf16", model, tokenizer, dtype=torch.bfloat16)
     for bits in (8, 4):
         if not (out / f"int{bits}").exists():
-            head = danube3.safetensors.safe_open(out / "bf16" / "model.safetensors", "pt").get_tensor("lm_head.weight")
-            done = {} if bits == 8 else {"lm_head": danube3.quantize_tensor(head, 4)}  # the bits of GPTQ
+            done = {}
+            if bits == 4:  # the head too, as GPTQ does
+                head = safetensors.safe_open(out / "bf16" / "model.safetensors", "pt").get_tensor("lm_head.weight")
+                codes, scales = danube3.quantize_int4(head)
+                done = {"lm_head": (danube3.pack_int4(codes), scales)}
             quantize.quantize_folder(out / "bf16", out / f"int{bits}", bits, done)
         if not (out / f"int{bits}.gguf").exists():
             quantize.write_gguf(out / f"int{bits}", out / f"int{bits}.gguf")
@@ -41,7 +46,7 @@ def prepare(out, name):
 def ours(path, compiled):
     model, _ = danube3.load_checkpoint(path, pack=True)
     if compiled:
-        danube3.compile_model(model)
+        train.compile_model(model)
 
     def decode():
         steps = danube3.generate_tokens(model, torch.tensor([PROMPT]), TOKENS + 1, temperature=1.0, seed=0)

@@ -38,35 +38,40 @@ from data import toy  # noqa: E402
 CONFIGS, DanubeError, Tokenizer = danube3.CONFIGS, danube3.DanubeError, danube3.Tokenizer
 count_parameters, flops_per_token = danube3.count_parameters, danube3.flops_per_token
 load_checkpoint, save_checkpoint = danube3.load_checkpoint, danube3.save_checkpoint
-make_optimizer, train_step, mean_loss = danube3.make_optimizer, danube3.train_step, danube3.mean_loss
+make_optimizer, evaluate_loss = danube3.make_optimizer, danube3.evaluate_loss
 generate, measure_decoding = danube3.generate, quantize.measure_decoding
-measure_peak, pick_device, compile_model = danube3.measure_matmul_peak, danube3.pick_device, danube3.compile_model
+measure_peak, pick_device, compile_model = train.measure_matmul_peak, danube3.pick_device, train.compile_model
 make_toy_data, quantize_folder = toy.make, quantize.quantize_folder
-choose_checkpointing, memory_bytes = train.choose_recompute, train.memory_bytes
+choose_checkpointing, memory_bytes = train.choose_checkpointing, train.memory_bytes
 
 
-def train_config(name, length, rows, micro=1, **changes):
-    """How `name` is trained: steps of `rows` sequences of `length` tokens, `micro` of them at a time."""
-    sizes = {"sequence_length": length, "tokens_per_step": rows * length, "micro_batch_size": micro}
-    return dataclasses.replace(danube3.RECIPES[name], **sizes, **changes)
+def train_config(name, length, batch_size, micro=1, **changes):
+    """How `name` is trained: steps of `batch_size` sequences of `length` tokens, `micro` of them at a time."""
+    sizes = {"sequence_length": length, "batch_size": batch_size, "micro_batch_size": micro}
+    return dataclasses.replace(danube3.TRAIN_CONFIGS[name], **sizes, **changes)
+
+
+def train_step(model, optimizer, input_ids, labels, settings, step):
+    """Step number `step` of a whole run. -> loss, gradient norm"""
+    rate = danube3.learning_rate(step, settings.stage_ends[-1], settings)
+    return danube3.train_step(model, optimizer, input_ids, labels, settings, rate)
 
 
 def new_model(config, device, checkpointing=False):
     """A model to train, with random weights that are made on its device."""
-    with torch.device("meta"):
-        model = danube3.Danube3(config)
+    model = danube3.Danube3.new(config, seed=0, device=device)
     for layer in model.model.layers:
-        layer.recompute = checkpointing
-    return model.to_empty(device=device).init_weights(0).train()
+        layer.activation_checkpointing = checkpointing
+    return model
 
 
 def random_model(config, kind, device):
     """A model to decode with, in bf16, int8 or int4. The weights, or the codes, are random."""
     with torch.device("meta"):
-        model = danube3.use_scheme(danube3.Danube3(config).bfloat16(), danube3.SCHEMES.get(kind, {}))
+        model = danube3.use_quantized_modules(danube3.Danube3(config).bfloat16(), danube3.SCHEMES.get(kind, {}))
     model = model.to_empty(device=device).eval()
     for weight in model.parameters():
-        weight.data.normal_(mean=2 - weight.dim(), std=0.02)  # norm weights near 1, matrices near 0
+        weight.data.normal_(mean=2 - weight.dim(), std=0.02)  # norm weights near 1, all others near 0
     for buffer in model.buffers():
         if buffer.is_floating_point():
             buffer.fill_(0.07 / 2 ** int(kind[3:]))  # scales, for weights of about 0.02
@@ -176,19 +181,19 @@ def open_both(bench, kind):
 
     The folders hold one model in bf16, int8 and int4: 500m's widths, four layers, a short training on toy
     data. After that its best token is often far ahead of the next, as in a real model."""
-    folder, dense = bench.work / kind, bench.work / "bf16"
-    if not dense.exists():
-        name, steps, rows, rate = ("toy", 30, 8, 3e-3) if bench.tiny else ("500m", 150, 32, 6e-4)
+    folder, unquantized = bench.work / kind, bench.work / "bf16"
+    if not unquantized.exists():
+        name, steps, batch_size, rate = ("toy", 30, 8, 3e-3) if bench.tiny else ("500m", 150, 32, 6e-4)
         model = new_model(dataclasses.replace(CONFIGS[name], num_hidden_layers=4), bench.device)
-        settings = train_config("toy", 128, rows, rows, learning_rate=rate)
+        settings = train_config("toy", 128, batch_size, batch_size, learning_rate=rate)
         optimizer, ids = make_optimizer(model, settings), toy_tokens(bench, "train")
         for step in range(steps):
-            batch = ids[torch.randint(len(ids) - 128, (rows, 1)) + torch.arange(128)]
+            batch = ids[torch.randint(len(ids) - 128, (batch_size, 1)) + torch.arange(128)]
             train_step(model, optimizer, batch, batch, settings, step)
         tokenizer = Tokenizer(bench.work / "toy" / "tokenizer.model")
-        save_checkpoint(dense, model, tokenizer, dtype=torch.bfloat16)
+        save_checkpoint(unquantized, model, tokenizer, dtype=torch.bfloat16)
     if not folder.exists():
-        quantize_folder(dense, folder, int(kind[3:]), {})
+        quantize_folder(unquantized, folder, int(kind[3:]), {})
     reference, tokenizer = load_checkpoint(folder, "cpu", torch.float32)
     return reference, load_checkpoint(folder, bench.device, pack=True)[0], tokenizer.vocab_size
 
@@ -215,19 +220,19 @@ def one_step(model, ids, labels, settings):
     return logits, loss.item(), gradients, torch.cat(changes)
 
 
-def compare_step(bench, name, heads, rows):
+def compare_step(bench, name, heads, batch_size):
     """Relative errors of the device against the CPU, both in fp32 (no TF32). Then train.py's own step."""
     torch.set_float32_matmul_precision("highest")
     heads = dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), heads))
     config = dataclasses.replace(CONFIGS[name], num_hidden_layers=2, **heads)
     length, what = 32 if bench.tiny else 1_400, f"heads of {config.head_dim}"
-    settings, cpu = train_config("toy", length, rows), new_model(config, "cpu")
+    settings, cpu = train_config("toy", length, batch_size), new_model(config, "cpu")
     for weight in cpu.parameters():
         if weight.dim() == 1:
             weight.data.uniform_(0.5, 1.5)  # norm weights of 1 would hide a norm that ignores them
-    ids = torch.randint(3, config.vocab_size, (rows, length))
+    ids = torch.randint(3, config.vocab_size, (batch_size, length))
     labels = ids.clone()
-    for i in range(rows):
+    for i in range(batch_size):
         labels[i, : (i + 1) * length // 8] = -100
     gpu, mixed = copy.deepcopy(cpu).to(bench.device), copy.deepcopy(cpu).to(bench.device)
     found = one_step(gpu, ids.to(bench.device), labels.to(bench.device), settings)
@@ -246,20 +251,20 @@ def compare_step(bench, name, heads, rows):
 
 def compare_logits(bench, kind):
     """A greedy token must be the CPU's best after the same tokens, or as close to it as errors explain."""
-    (cpu, model, size), rows = open_both(bench, kind), toy_tokens(bench, "val")[:512].view(4, 128)
+    (cpu, model, size), sequences = open_both(bench, kind), toy_tokens(bench, "val")[:512].view(4, 128)
 
     def centred(logits):  # softmax does not see the mean; ids without a token are left out
         return (logits[..., :size] - logits[..., :size].mean(-1, keepdim=True)).float().cpu()
 
     with torch.no_grad():
-        expected, whole = centred(cpu(rows)), centred(model(rows.to(bench.device)))
-    cache, one = new_cache(model, 128), rows[:1].to(bench.device)
+        expected, whole = centred(cpu(sequences)), centred(model(sequences.to(bench.device)))
+    cache, one = new_cache(model, 128), sequences[:1].to(bench.device)
     single = centred(torch.stack([next_logits(model, one[:, t : t + 1], cache) for t in range(128)], 1))
-    bench.row(f"{kind}: logits of whole rows", relative_error(whole, expected), limit=0.03)
+    bench.row(f"{kind}: logits of whole sequences", relative_error(whole, expected), limit=0.03)
     bench.row(f"{kind}: logits token by token", relative_error(single, expected[:1]), limit=0.03)
     largest = max((whole - expected).abs().amax().item(), (single - expected[:1]).abs().amax().item())
     gaps = []
-    for prompt in rows[:, :32]:
+    for prompt in sequences[:, :32]:
         ids = generate(model, prompt[None].to(bench.device), 32).cpu()
         with torch.no_grad():
             logits = centred(cpu(ids))[0, 31:-1]  # [n, V], for the n new tokens
@@ -271,16 +276,16 @@ def compare_logits(bench, kind):
 def compare_perplexity(bench, kind):
     (cpu, model, _), ids = open_both(bench, kind), toy_tokens(bench, "val")
     starts = torch.linspace(0, len(ids) - 128, 8 if bench.tiny else 48).long()[:, None]  # from all sources
-    rows = ids[starts + torch.arange(128)]
-    expected, found = (math.exp(mean_loss(each, rows, rows, 8)) for each in (cpu, model))
+    sequences = ids[starts + torch.arange(128)]
+    expected, found = (math.exp(evaluate_loss(each, sequences, sequences, 8)) for each in (cpu, model))
     bench.row(f"{kind}: perplexity", found, note=f"CPU in fp32, same weights: {expected:.4f}")
     bench.row(f"{kind}: its difference", abs(found / expected - 1), limit=0.005)
 
 
-def training_speed(bench, name, mode, rows):
+def training_speed(bench, name, mode, batch_size):
     """Tokens a second, MFU and memory of training on random tokens, as train.py trains."""
     config, length, what = CONFIGS[name], CONFIGS[name].max_position_embeddings, f"{name} {mode}"
-    settings, checkpointing, seconds = train_config(name, length, rows), "checkpointing" in mode, []
+    settings, checkpointing, seconds = train_config(name, length, batch_size), "checkpointing" in mode, []
     if bench.cuda:
         try:
             planned = choose_checkpointing(config, settings, "auto", bench.memory)
@@ -295,7 +300,7 @@ def training_speed(bench, name, mode, rows):
         compile_model(model)
         if not any(module._compiled_call_impl for module in model.modules()):
             return bench.row(what, note="not measured: there is no compiler")
-    ids = torch.randint(3, config.vocab_size, (rows, length))
+    ids = torch.randint(3, config.vocab_size, (batch_size, length))
     optimizer = make_optimizer(model, settings)
     for step in range(5):
         if step == 2 and bench.cuda:
@@ -304,8 +309,8 @@ def training_speed(bench, name, mode, rows):
         train_step(model, optimizer, ids, ids, settings, step)
         bench.wait()
         seconds.append(time.perf_counter() - start)
-    rate = rows * length / sorted(seconds[2:])[1]
-    note = f"{rows} x {length:,} a step, the first {seconds[0]:.0f} s, checkpointing {checkpointing}"
+    rate = batch_size * length / sorted(seconds[2:])[1]
+    note = f"{batch_size} x {length:,} a step, the first {seconds[0]:.0f} s, checkpointing {checkpointing}"
     bench.row(f"{what}: speed", rate, "tokens/s", note=note)
     share = 100 * rate * flops_per_token(config, length) / ceilings(bench)[0]
     bench.row(f"{what}: MFU", share, "%", note="causal pairs, measured peak")
@@ -403,7 +408,7 @@ def fail(bench, seconds):
 
 def all_parts(tiny):
     """{part: (seconds that it may take, function, the arguments of each of its measurements)}"""
-    name, large, rows = ("toy", "toy", 2) if tiny else ("500m", "4b", 8)
+    name, large, batch_size = ("toy", "toy", 2) if tiny else ("500m", "4b", 8)
     heads = ((2, 1, 64), (4, 2, 30)) if tiny else ((16, 8, 96), (32, 8, 120))  # those of 500m and 4b
     modes = ("eager", "compiled", "eager, cuDNN off")
     modes_4b = ("eager", "eager, checkpointing") if tiny else ("eager", "eager, checkpointing", "compiled")
@@ -414,11 +419,11 @@ def all_parts(tiny):
         "fp32": (80, compare_step, [(name, heads[0], 3), (name, heads[1], 1)]),  # 3 x 1,400: loss in blocks
         "logits": (100, compare_logits, kinds),
         "perplexity": (80, compare_perplexity, kinds),
-        "training": (180, training_speed, [(name, mode, rows) for mode in modes]),
+        "training": (180, training_speed, [(name, mode, batch_size) for mode in modes]),
         "decoding": (100, decoding_speed, [(size, kind) for size in sizes for kind in KINDS]),
         "attention": (60, attention_used, [(name, phase) for phase in phases]),
         "resume": (120, kill_and_resume, [()]),
-        "training-4b": (150, training_speed, [(large, mode, rows // 2) for mode in modes_4b]),
+        "training-4b": (150, training_speed, [(large, mode, batch_size // 2) for mode in modes_4b]),
     }
     faults = {"raises": (60, fail, [(0,)]), "sleeps": (15, fail, [(600,)])}
     return {**faults, **parts} if os.environ.get("BENCH_GPU_FAULTS") else parts  # for the test

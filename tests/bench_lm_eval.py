@@ -3,10 +3,10 @@
     python tests/bench_lm_eval.py CHECKPOINT QUIZ.jsonl
 
 The harness (`pip install "lm-eval[hf]"`) opens the unchanged folder by transformers, with its tokenizer, and scores the
-quiz as a task in its own format; ours scores it by sample.choice_scores. Compared are the log-likelihood of every
-choice, and the chosen answer: by their sum (`acc`) and by the sum over the choice's number of characters (`acc_norm`).
-With --write FOLDER the task file stays there for the harness's own command, which is printed. Exit code 1 if anything
-differs.
+quiz as a task in its own format. Ours scores it by sample.choice_log_likelihoods. This program compares the
+log-likelihood of every choice, and the chosen answer: by log-likelihood (`acc`) and by log-likelihood per character
+(`acc_norm`). With --write FOLDER the task file stays there, and the harness's own command is printed. The exit code is
+1 if anything differs.
 """
 
 import argparse
@@ -44,8 +44,10 @@ metadata: {{version: 1}}
 
 
 def split_alike(tokenizer, question):
-    """Whether the harness, which encodes the prompt without the white space at its end and lets the choice begin after
-    that many tokens, finds the same boundary as ours. Not so after half a word, or a prompt that ends in a newline."""
+    """Whether the harness finds the same boundary between prompt and choice as ours.
+
+    The harness encodes the prompt without the white space at its end, and lets the choice begin after that many tokens.
+    The boundaries differ after half a word, and after a prompt that ends in a newline."""
     prompt = tokenizer.encode(question["prompt"])
     for choice in question["choices"]:
         ids = tokenizer.encode(question["prompt"] + choice)
@@ -56,16 +58,16 @@ def split_alike(tokenizer, question):
 
 
 def our_scores(checkpoint, questions):
-    """What we pick by the sum, and the log-likelihood of every choice."""
+    """Our answer by log-likelihood, and the log-likelihood of every choice."""
     model, tokenizer = danube3.load_checkpoint(checkpoint, dtype=torch.float32)
     if unlike := [i for i, question in enumerate(questions, start=1) if not split_alike(tokenizer, question)]:
         sys.exit(f"questions {unlike} cannot be compared: let prompts end with a word, choices begin with their space")
-    scores = sample.choice_scores(model, tokenizer, questions)
+    scores = sample.choice_log_likelihoods(model, tokenizer, questions)
     return [each.index(max(each)) for each in scores], scores
 
 
 def harness_scores(folder, model_args):
-    """The log-likelihoods by question and choice, whether each question was right by either score, and both shares."""
+    """The log-likelihoods by question and choice, whether each answer was right by either score, and both shares."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -87,7 +89,7 @@ def best(scores, choices):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint, or a run, whose newest one is taken")
+    parser.add_argument("checkpoint", help="a checkpoint or an output directory")
     parser.add_argument("quiz", type=Path, help='a file of {"prompt", "choices", "answer"} lines')
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="leave the harness's task file there")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Does the plan tell the truth about memory? `python tests/bench_memory.py` trains a full 500m for three steps.
 
-On a CPU, in fp32, from random tokens; it takes 12 GB and a few minutes. Printed are the plan's estimate for fp32, the
-largest resident memory during the steps (the interpreter's own taken off), and that after a checkpoint was written.
+On a CPU, in fp32, from random tokens; it takes 12 GB and a few minutes. It prints the plan's estimate for fp32, the
+largest resident memory during the steps (without the interpreter's own), and that after a checkpoint was written.
 """
 
 import argparse
@@ -20,19 +20,22 @@ import danube3  # noqa: E402
 import train  # noqa: E402
 
 
-class RandomRows:
+class RandomData:
     """Batches of random tokens, and no validation."""
 
-    def __init__(self, recipe, vocab_size):
-        self.recipe, self.vocab_size, self.identity = recipe, vocab_size, {}
+    def __init__(self, config, total_steps, vocab_size):
+        self.config, self.total_steps, self.vocab_size, self.fingerprint = config, total_steps, vocab_size, {}
 
-    def batch(self, step):
+    def stage(self, step):
+        return "stage 1"
+
+    def batch(self, step, rank=0, world_size=1):
         generator = torch.Generator().manual_seed(step)
-        shape = (self.recipe.rows_per_step, self.recipe.sequence_length)
-        rows = torch.randint(3, self.vocab_size, shape, generator=generator)
-        return rows, rows
+        shape = (self.config.batch_size, self.config.sequence_length)
+        input_ids = torch.randint(3, self.vocab_size, shape, generator=generator)
+        return input_ids, input_ids
 
-    def validation_rows(self):
+    def validation(self):
         return {}
 
 
@@ -44,37 +47,34 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="500m")
     parser.add_argument("--sequence-length", type=int, default=1_024)
-    parser.add_argument("--rows", type=int, default=1, help="of a step, and at once")
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step, in one micro-batch")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--activation-checkpointing", action="store_true")
     args = parser.parse_args()
     torch.ones(64, 64) @ torch.ones(64, 64)
     interpreter = peak_bytes()
     config = danube3.CONFIGS[args.config]
-    tokens = args.rows * args.sequence_length
-    recipe = dataclasses.replace(
-        danube3.RECIPES[args.config],
+    training = dataclasses.replace(
+        danube3.TRAIN_CONFIGS[args.config],
         sequence_length=args.sequence_length,
-        tokens_per_step=tokens,
-        micro_batch_size=args.rows,
-        stages=danube3.danube_stages(args.steps * tokens, 0, 0),
+        batch_size=args.batch_size,
+        micro_batch_size=args.batch_size,
     )
-    estimate = train.memory_bytes(config, recipe, 4, 1, args.recompute)
+    estimate = train.memory_bytes(config, training, 4, 1, args.activation_checkpointing)
     tokenizer = danube3.Tokenizer(ROOT / "data" / "toy" / "tokenizer.model")  # only copied into the checkpoint
-    model = danube3.Danube3(config).init_weights(0).train()
+    model = danube3.Danube3.new(config, seed=0)
     for layer in model.model.layers:
-        layer.recompute = args.recompute
+        layer.activation_checkpointing = args.activation_checkpointing
+    data, save, during = RandomData(training, args.steps, config.vocab_size), danube3.save_training, []
+    danube3.save_training = lambda run: (during.append(peak_bytes()), save(run))  # before a checkpoint is written
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        run = danube3.Run(Path(folder, "run"), model, tokenizer, RandomRows(recipe, config.vocab_size), resume=False)
-        save, during = run.save, []
-        run.save = lambda: (during.append(peak_bytes()), save())
-        danube3.train(run)
+        danube3.train(danube3.Trainer(Path(folder, "run"), model, tokenizer, data), peak_flops=1e12)
     measured, total = during[-1] - interpreter, sum(estimate.values())
     print(", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.items()))
     print(
-        f"{args.config}, {args.steps} steps of {args.rows} x {args.sequence_length} in fp32: planned {total / 1e9:.2f} "
-        f"GB, measured {measured / 1e9:.2f} GB ({measured / total - 1:+.1%}), with a checkpoint written "
-        f"{(peak_bytes() - interpreter) / 1e9:.2f} GB"
+        f"{args.config}, {args.steps} steps of {args.batch_size} x {args.sequence_length} in fp32: planned "
+        f"{total / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB ({measured / total - 1:+.1%}), with a checkpoint "
+        f"written {(peak_bytes() - interpreter) / 1e9:.2f} GB"
     )
 
 

@@ -1,8 +1,8 @@
 """Speed and memory of data/prepare.py: `python tests/bench_prepare.py [folder of text]`, a few minutes.
 
-The whole program on two processes, from text to the finished folder, and a plain loop of sentencepiece's encode over
-the same files on one core. They alternate, since a shared machine's speed moves from minute to minute; what counts is
-the median of the ratios of neighbours, and where other programs use the same cores, only that of processor times.
+The whole program on two processes, from text to the finished folder, against a plain loop of sentencepiece's encode
+over the same files on one core. They alternate, since a shared machine's speed changes from minute to minute. The
+median of the ratios of neighbours counts; where other programs use the same cores, only that of processor times.
 Memory is summed over all processes (PSS: pages that they share are counted once).
 """
 

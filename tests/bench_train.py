@@ -1,8 +1,8 @@
 """Training speed against transformers: `python tests/bench_train.py [--config 500m --layers 2]`, a few minutes.
 
 The same configuration, batch and loss: our train_step, plain and compiled, and a plain loop of LlamaForCausalLM with
-torch.optim.AdamW. They alternate within one run, since a shared machine's speed moves from minute to minute; what
-counts is the median of the ratios of neighbours.
+torch.optim.AdamW. They alternate within one run, since a shared machine's speed changes from minute to minute. The
+median of the ratios of neighbours counts.
 """
 
 import argparse
@@ -18,31 +18,32 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 from conftest import transformers_model  # noqa: E402
 
 import danube3  # noqa: E402
+import train  # noqa: E402
 
 
-def our_step(config, recipe, ids, compiled):
-    model = danube3.Danube3(config).init_weights(0)
-    optimizer = danube3.make_optimizer(model, recipe)
+def our_step(config, training, ids, compiled):
+    model = danube3.Danube3.new(config, seed=0)
+    optimizer = danube3.make_optimizer(model, training)
     if compiled:
-        danube3.compile_model(model)
-    return lambda: danube3.train_step(model, optimizer, ids, ids, recipe, 0)
+        train.compile_model(model)
+    return lambda: danube3.train_step(model, optimizer, ids, ids, training, training.learning_rate)
 
 
-def their_step(config, recipe, ids):
-    model = transformers_model(config, danube3.Danube3(config).init_weights(0).state_dict()).train()
+def their_step(config, training, ids):
+    model = transformers_model(config, danube3.Danube3.new(config, seed=0).state_dict()).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
-        lr=recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
-        weight_decay=recipe.weight_decay,
+        lr=training.learning_rate,
+        betas=(training.beta1, training.beta2),
+        weight_decay=training.weight_decay,
         fused=True,
     )
 
     def step():
-        batches = ids.split(recipe.micro_batch_size)
+        batches = ids.split(training.micro_batch_size)
         for batch in batches:
             (model(input_ids=batch, labels=batch).loss / len(batches)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -56,28 +57,28 @@ def main():
     parser.add_argument("--config", default="toy")
     parser.add_argument("--layers", type=int, help="fewer than the configuration has")
     args = parser.parse_args()
-    config, recipe = danube3.CONFIGS[args.config], dataclasses.replace(danube3.RECIPES["toy"], warmup_fraction=0.0)
+    config, training = danube3.CONFIGS[args.config], danube3.TRAIN_CONFIGS["toy"]
     config = dataclasses.replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
-    ids = torch.randint(3, config.vocab_size, (recipe.rows_per_step, recipe.sequence_length))
+    ids = torch.randint(3, config.vocab_size, (training.batch_size, training.sequence_length))
     loops = {
-        "transformers": their_step(config, recipe, ids),
-        "danube3": our_step(config, recipe, ids, False),
-        "danube3 --compile": our_step(config, recipe, ids, True),
+        "transformers": their_step(config, training, ids),
+        "danube3": our_step(config, training, ids, False),
+        "danube3 --compile": our_step(config, training, ids, True),
     }
     seconds, peaks = {name: [] for name in loops}, []
     for loop in loops.values():
         for _ in range(3):
             loop()
     for _ in range(args.rounds):
-        peaks.append(danube3.measure_matmul_peak(torch.device("cpu")))
+        peaks.append(train.measure_matmul_peak(torch.device("cpu")))
         for name, loop in loops.items():
             start = time.perf_counter()
             for _ in range(args.steps):
                 loop()
             seconds[name].append((time.perf_counter() - start) / args.steps)
-    flops = danube3.flops_per_token(config, recipe.sequence_length) * recipe.tokens_per_step
+    flops = danube3.flops_per_token(config, training.sequence_length) * training.tokens_per_step
     print(
-        f"{danube3.count_parameters(config):,} parameters, {recipe.tokens_per_step} tokens a step, "
+        f"{danube3.count_parameters(config):,} parameters, {training.tokens_per_step} tokens a step, "
         f"{args.rounds} rounds, "
         f"{torch.get_num_threads()} threads, matmul peak {statistics.median(peaks) / 1e9:.0f} GFLOP/s (median)"
     )
@@ -85,7 +86,7 @@ def main():
         ratios = sorted(theirs / ours for theirs, ours in zip(seconds["transformers"], times))
         utilization = statistics.median(flops / t / peak for t, peak in zip(times, peaks))
         print(
-            f"{name:20} {recipe.tokens_per_step / statistics.median(times):8,.0f} tokens/s   "
+            f"{name:20} {training.tokens_per_step / statistics.median(times):8,.0f} tokens/s   "
             f"{statistics.median(ratios):.2f}x "
             f"transformers (middle half {ratios[len(ratios) // 4]:.2f}-{ratios[-1 - len(ratios) // 4]:.2f})   "
             f"{utilization:.0%} of matmul peak"

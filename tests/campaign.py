@@ -3,7 +3,7 @@
     python tests/campaign.py [kills corruption fuzz resources numbers endurance] [--quick] [--seed N] [--out FILE.md]
 
 Every trial runs one of our programs in a child, forked from this process, which has loaded torch once. Kills, full
-disks and damage that digests cover must leave the bytes of an undisturbed run or one line of error, the other trials
+disks and damage that checksums cover must leave the bytes of an undisturbed run or one line of error, the other trials
 must end cleanly; or they are counted as lost, and printed with what repeats them (the seed fixes all but the moments of
 the clock). At the end stands a table of all that was tried. The model has one layer and a width of 64: the code that
 reads and writes files is the same for all sizes. Linux only (fork, /proc).
@@ -210,7 +210,7 @@ class World:
         config = replace(danube3.CONFIGS["toy"], hidden_size=64, intermediate_size=96, num_hidden_layers=1,
                          head_dim=32, vocab_size=320, max_position_embeddings=128)
         danube3.CONFIGS["toy"] = config
-        danube3.measure_matmul_peak = lambda device: 1e11   # takes three seconds, and only sets the scale of mfu
+        train.measure_matmul_peak = lambda device: 1e11     # only sets the scale of mfu
         train.plot_curves = lambda out, recipe: None       # half a second, at the end of all
         prepare.BATCH_BYTES = 1_000                         # several spool files
         for seed in (0, 1):
@@ -223,10 +223,10 @@ class World:
                 out = folder / f"{name}{seed}"
                 end = child(self.scratch, program.main, program.command(out))
                 assert end.code == 0, end.err
-        training, step = self.programs()["train"], danube3.train_step
-        poison = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if args[5] == 10 else step(*args)
+        training, step = self.programs()["train"], danube3.Trainer.take_step
+        poison = lambda run, *args: os.kill(os.getpid(), signal.SIGKILL) if run.step == 10 else step(run, *args)
         child(self.scratch, training.main, training.command(folder / "half"),
-              lambda: setattr(danube3, "train_step", poison))
+              lambda: setattr(danube3.Trainer, "take_step", poison))
         assert danube3.find_checkpoint(folder / "half").name == "step-0000010"
 
     def programs(self, seed: int = 0) -> dict[str, Program]:
@@ -271,11 +271,11 @@ def looks_complete(place: Path, program: Program, expected: dict[str, bytes | li
         if not path.name.startswith("step-"):
             if lost := difference(contents(path), {n: d for n, d in expected.items() if Path(n).parts[0] == path.name}):
                 return f"{path.name} is there, and {lost}"
-        elif not (path / danube3.DIGESTS).is_file():
-            return f"{path.name} is there, and has no {danube3.DIGESTS}"
+        elif not (path / "SHA256SUMS").is_file():
+            return f"{path.name} is there, and has no SHA256SUMS"
         else:
             try:
-                danube3.verify_digests(path)
+                danube3.verify_checksums(path)
             except danube3.DanubeError as error:
                 return str(error)
     return ""
@@ -356,6 +356,9 @@ def damage(path: Path, how: str, other: Path, rng: random.Random) -> None:
         path.write_bytes(data)
 
 
+STATE = ("training_state.safetensors", "training_state.json")
+
+
 def targets(world: World) -> list[tuple[str, str, str, str]]:
     """Every kind of file: (folder of the world, file below it, the same of another run, program that reads it)"""
     run, other = (danube3.find_checkpoint(world.folder / name).name for name in ("train0", "half"))
@@ -366,7 +369,7 @@ def targets(world: World) -> list[tuple[str, str, str, str]]:
     of_adapters = ("adapter_model.safetensors", "adapter_config.json", "base.sha256")
     quantized = ("model-00001.safetensors", "model.safetensors.index.json", "config.json")
     return [*[("train0", f"{run}/{name}", f"train1/{run}/{name}", "sample") for name in files],
-            *[("half", f"{other}/{name}", f"train1/{run}/{name}", "resume") for name in (*files, "trainer.pt")],
+            *[("half", f"{other}/{name}", f"train1/{run}/{name}", "resume") for name in (*files, *STATE)],
             ("half", "metrics.jsonl", "train1/metrics.jsonl", "resume"),
             *[("data0", name, f"data1/{name}", "train") for name in of_data],
             ("data0", "chat.jsonl", "data1/chat.jsonl", "chat"),
@@ -396,17 +399,17 @@ def read_with(world: World, reader: str, folder: Path, place: Path) -> tuple[End
 
 
 def corruption(world: World, count: int) -> list[Row]:
-    """With digests whatever is noticed is named, whatever is not leaves the result as it is. Without (as in a folder
+    """With checksums whatever is noticed is named, whatever is not leaves the result as it is. Without (as in a folder
     from the Hub) nothing but a clean end can be asked for. What people write (jsonl) is theirs to change."""
     hows = ("truncated", "flipped", "emptied", "swapped", "removed")
     rows = {how: Row("corruption", f"a file {how}: of checkpoint, run, data, adapters, int4 folder, jsonl")
             for how in hows}
     bare = Row("corruption", "the same in folders without SHA256SUMS: no traceback")
-    pristine, trials = {}, [(target, how, with_digests) for target in targets(world) for how in hows
-                            for with_digests in (True, False)]
+    pristine, trials = {}, [(target, how, with_checksums) for target in targets(world) for how in hows
+                            for with_checksums in (True, False)]
     if count < len(trials):
         trials = world.rng.sample(trials, count)
-    for (source, name, other, reader), how, with_digests in tqdm(trials, "corruption", leave=False):
+    for (source, name, other, reader), how, with_checksums in tqdm(trials, "corruption", leave=False):
         if (source, reader) not in pristine:
             place = world.place()
             end, made = read_with(world, reader, shutil.copytree(world.folder / source, place / source), place)
@@ -414,24 +417,24 @@ def corruption(world: World, count: int) -> list[Row]:
             pristine[source, reader] = made
         place = world.place()
         folder = shutil.copytree(world.folder / source, place / source)
-        if not with_digests:
-            for path in folder.rglob(danube3.DIGESTS):
+        if not with_checksums:
+            for path in folder.rglob("SHA256SUMS"):
                 path.unlink()
         damage(folder / name, how, world.folder / other, world.rng)
         end, made = read_with(world, reader, folder, place)
-        problem = end.problem(*[Path(name).name, str((folder / name).parent)] * with_digests)
-        if with_digests and not problem and not end.code and not name.endswith("l.jsonl") \
+        problem = end.problem(*[Path(name).name, str((folder / name).parent)] * with_checksums)
+        if with_checksums and not problem and not end.code and not name.endswith("l.jsonl") \
                 and Path(name).name not in ("chat.jsonl", "questions.jsonl", "metrics.jsonl"):
             problem = difference(made, pristine[source, reader])
-        (rows[how] if with_digests else bare).add(f"{reader} of {source}/{name}, {how}, {with_digests=}", problem)
+        (rows[how] if with_checksums else bare).add(f"{reader} of {source}/{name}, {how}, {with_checksums=}", problem)
     return [*rows.values(), bare, hostile_pickle(world)]
 
 
-def rewrite_digests(folder: Path) -> None:
+def rewrite_checksums(folder: Path) -> None:
     """As if the damage had been there when the folder was written."""
-    files = sorted(path for path in folder.iterdir() if path.name != danube3.DIGESTS)
+    files = sorted(path for path in folder.iterdir() if path.name != "SHA256SUMS")
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    (folder / danube3.DIGESTS).write_text("".join(lines))
+    (folder / "SHA256SUMS").write_text("".join(lines))
 
 
 class Hostile:
@@ -443,17 +446,17 @@ class Hostile:
 
 
 def hostile_pickle(world: World) -> Row:
-    row = Row("corruption", "a trainer.pt that is a hostile pickle, with the right digest: nothing runs")
-    for key in ("step", "optimizer", "identity"):
+    row = Row("corruption", "a hostile pickle in place of a file, with the right checksum: nothing runs")
+    for name in ("model.safetensors", *STATE):
         place = world.place()
         run = shutil.copytree(world.folder / "half", place / "run")
         folder = danube3.find_checkpoint(run)
-        torch.save({key: Hostile(place / "owned")}, folder / "trainer.pt")
-        rewrite_digests(folder)
+        torch.save(Hostile(place / "owned"), folder / name)
+        rewrite_checksums(folder)
         program = world.programs()["train"]
         end = child(world.scratch, program.main, [*program.command(run), "--resume"])
         owned = "it was run" if (place / "owned").exists() else ""
-        row.add(key, owned or end.problem("trainer.pt", may_succeed=False))
+        row.add(name, owned or end.problem(name.partition(".")[0], may_succeed=False))
     return row
 
 
@@ -535,11 +538,11 @@ def fuzz_flags(world: World, count: int) -> list[Row]:
 
 
 def fuzz_files(world: World, count: int) -> list[Row]:
-    """config.json, safetensors headers, jsonl and chat text made of anything, in folders without digests."""
+    """config.json, safetensors headers, jsonl and chat text made of anything, in folders without checksums."""
     from hypothesis import strategies as st
     place = world.place()
     folder = shutil.copytree(danube3.find_checkpoint(world.folder / "train0"), place / "checkpoint")
-    (folder / danube3.DIGESTS).unlink()
+    (folder / "SHA256SUMS").unlink()
     config, whole = json.loads((folder / "config.json").read_text()), (folder / "model.safetensors").read_bytes()
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:8 + size])
@@ -713,7 +716,7 @@ def out_of_memory(world: World, count: int) -> Row:
         flags = ["--sequence-length", 16, "--tokens-per-step", 16 * rows, "--micro-batch-size", rows, "--tokens",
                  64 * rows]
         end = child(world.scratch, program.main, [*program.command(place / f"out{i}"), *flags],
-                    lambda: (limit(), setattr(danube3, "MAX_REPEATS", math.inf)))
+                    lambda: (limit(), setattr(danube3, "MAX_EPOCHS", math.inf)))
         row.add(f"{rows} rows", end.problem("--micro-batch-size", may_succeed=False))
     return row
 
@@ -762,7 +765,7 @@ def is_finite(run: Path) -> str:
 
 
 def poisoned_weights(world: World, value: float, tensors: tuple) -> Row:
-    """One number of a checkpoint replaced, its digest made anew: every program that reads it says so."""
+    """One number of a checkpoint replaced, its checksum made anew: every program that reads it says so."""
     row, data = Row("numbers", f"{value} among the weights of a checkpoint"), world.folder / "data0"
     program = world.programs()["train"]
     for tensor in tensors:
@@ -772,7 +775,7 @@ def poisoned_weights(world: World, value: float, tensors: tuple) -> Row:
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         weights[tensor].view(-1)[7] = value
         safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        rewrite_digests(folder)
+        rewrite_checksums(folder)
         out = place / "out"
         readers = [(train.main, [*program.command(run), "--resume"]), (sample.main, [run, "Ada"]),
                    (sample.main, [run, "Ada", "--temperature", 0]),
@@ -792,19 +795,21 @@ def poisoned_steps(world: World, steps: int, value: float) -> Row:
     """A gradient, or what flows through the layers (as from a bad batch), is not finite in some steps. Up to four in a
     row are left out; the fifth ends the run, and the checkpoint before stays."""
     row = Row("numbers", f"{value} in a gradient, and in a batch, {steps} steps in a row")
-    program, take_step = world.programs()["train"], danube3.train_step
+    program, take_step = world.programs()["train"], danube3.Trainer.take_step
     for where, first in (("gradient", 6), ("batch", 7), ("batch", 0)):
-        def poisoned(model, optimizer, ids, labels, recipe, step, *more):
-            bad = first <= step < first + steps
+        def poisoned(run, *batch):
+            bad, model = first <= run.step < first + steps, run.model
             hook = model.lm_head.weight.register_hook(lambda grad: grad * value) if bad and where == "gradient" else \
                 model.model.norm.register_forward_hook(lambda module, args, x: x * value) if bad else None
-            result = take_step(model, optimizer, ids, labels, recipe, step, *more)
-            if hook:
-                hook.remove()
-            return result
+            try:
+                return take_step(run, *batch)
+            finally:
+                if hook:
+                    hook.remove()
 
         out = world.place() / "out"
-        end = child(world.scratch, program.main, program.command(out), lambda: setattr(danube3, "train_step", poisoned))
+        end = child(world.scratch, program.main, program.command(out), lambda: (
+            setattr(danube3.Trainer, "take_step", poisoned), setattr(danube3, "MAX_SKIPPED_STEPS", 5)))
         problem = end.problem("was not finite in 5 steps in a row", may_succeed=steps < 5) or is_finite(out)
         null = sum(entry.get("loss", 0) is None for entry in contents(out).get("out/metrics.jsonl", []))
         row.add(f"{where} from step {first}", problem or ("" if null == steps else f"{null} steps were left out"))
@@ -836,17 +841,17 @@ def numbers(world: World, count: int) -> list[Row]:
 def endurance(world: World, steps: int) -> list[Row]:
     """Memory after a tenth of the steps against that at the end: under 2 % more. Tokens a second, medians of the first
     and the last third: within a factor of 1.5, since other programs use this machine too."""
-    program, out, take_step, memory = world.programs()["train"], world.place() / "out", danube3.train_step, []
+    program, out, take_step, memory = world.programs()["train"], world.place() / "out", danube3.Trainer.take_step, []
 
-    def measured(*args):
-        if args[5] in (steps // 10, steps - 1):
+    def measured(run, *batch):
+        if run.step in (steps // 10, steps - 1):
             memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
             (world.scratch / "memory").write_text(" ".join(map(str, memory)))
-        return take_step(*args)
+        return take_step(run, *batch)
 
     argv = [*program.command(out), "--tokens", 48 * steps, "--save-every", max(1, steps // 4)]
     end = child(world.scratch, program.main, argv, lambda: (
-        setattr(danube3, "train_step", measured), setattr(danube3, "MAX_REPEATS", math.inf)))
+        setattr(danube3.Trainer, "take_step", measured), setattr(danube3, "MAX_EPOCHS", math.inf)))
     rows = [Row("endurance", f"{steps:,} steps: {what}") for what in ("growth of memory", "tokens a second")]
     if problem := end.problem(may_succeed=True) or end.err * bool(end.code):
         rows[0].add("the run", problem)

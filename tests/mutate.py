@@ -8,6 +8,9 @@ tests has survived: either the tests are blind there, or it changes nothing. Not
 import argparse
 import ast
 import copy
+import hashlib
+import importlib
+import json
 import os
 import random
 import sys
@@ -20,19 +23,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swiglu cross_entropy KVCache RMSNorm
-    Attention MLP DecoderLayer Decoder Danube3 next_token_probabilities generate_tokens generate TokenSource.window
-    mixture_pattern shuffled StagedData Recipe.stage_ends Recipe.stage_at Recipe.rows_per_step make_optimizer
-    learning_rate train_step first_difference render_chat continuation_log_likelihood encoded_choice choice_scores
-    multiple_choice classification chat_recipe windows_of used_lengths micro_batches mean_loss pad_rows
-    ChatData LoRALinear add_lora merge_lora
-    quantize_int8 quantize_int4 pack_int4 unpack_int4 dequantize DequantizedMatmul QuantizedLinear
-    QuantizedEmbedding search_scales gptq gptq_model gguf_blocks rows_for_gguf""".split()
-MODULES = ("danube3", "sample", "quantize")  # which hold them
+    Attention MLP DecoderLayer Decoder Danube3 next_token_probabilities generate_tokens generate
+    TokenData.block TokenData.evenly_spread mixture_pattern StageOrder permuted_index StagedData
+    TrainConfig.stage_ends TrainConfig.with_tokens make_optimizer learning_rate sequence_lengths micro_batches
+    train_step evaluate_loss first_difference render_chat StreamingDetokenizer count_parameters flops_per_token
+    sft_config pad_sequences ChatData LoRALinear add_lora merge_lora
+    flush_subnormal reciprocal quantize_int8 quantize_int4 pack_int4 unpack_int4 dequantize DequantizedMatmul
+    QuantizedLinear QuantizedEmbedding search_scales gptq
+    remix memory_bytes choose_checkpointing adjust dequantize_model
+    ChatSession sliding_windows text_perplexity continuation_log_likelihoods encode_choice choice_log_likelihoods
+    multiple_choice classification greedy_answers generative_evaluation
+    sample_sequences gram gptq_model interleave_heads gguf_blocks
+    token_count positive read_jsonl check_turns conversation_of""".split()
+MODULES = ("danube3", "train", "sample", "quantize", "data.read")  # which hold them
 FILES = "kernels twins model data config tokenizer training checkpoint chat quantize".split()
 FAST_TESTS = [f"tests/test_{name}.py" for name in FILES]
-SLOW = """published 4b twenty command kill interrupt resum overwritten flags finite bf16 compiled validation
+SLOW = """published 4b twenty fifty command kill interrupt resum overwritten flags finite compiled validation
     micro_batch_size_may sample plan pipe ctrl fp16 half_precision peft warm cannot help scores cache_of_one
-    long_conversations""".split()
+    long_conversations peak""".split()
 FAST = " and ".join(f"not {word}" for word in SLOW)
 
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mod,
@@ -141,7 +149,9 @@ def survives(module_name, source, seconds, name=""):
             module = types.ModuleType(module_name)
             sys.modules[module_name] = module
             exec(compile(source, f"{module_name}.py", "exec"), module.__dict__)
-            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-k", FAST, *tests]))
+            if "." in module_name:  # `from data import read` asks the package
+                setattr(importlib.import_module(module_name.split(".")[0]), module_name.split(".")[1], module)
+            code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", FAST, *tests]))
         finally:
             os._exit(code)
     end = time.monotonic() + seconds
@@ -161,10 +171,12 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--part", default="1/1", help="2/3: the second third, to share the work among processes")
     parser.add_argument("--only", default="", help="only functions whose name contains this")
+    parser.add_argument("--state", type=Path, default=ROOT / "out" / "mutants.jsonl",
+                        help="results so far; the same command goes on behind them")
     parser.add_argument("--list", action="store_true", help="count them, run nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
-    sources = {module: (ROOT / f"{module}.py").read_text() for module in MODULES}
+    sources = {module: (ROOT / f"{module.replace('.', '/')}.py").read_text() for module in MODULES}
     found = [(module, *mutant) for module, source in sources.items() for mutant in mutants(source, args.only)]
     if args.sample:
         found = random.Random(args.seed).sample(found, min(args.sample, len(found)))
@@ -184,8 +196,16 @@ def main():
     original = ast.unparse(ast.parse(sources["danube3"]))
     assert survives("danube3", original, 600), "the unchanged file fails its own tests"
     limit = 3 * (time.monotonic() - start) + 20
+    args.state.parent.mkdir(parents=True, exist_ok=True)
+    args.state.touch()
+    results = dict(map(json.loads, args.state.read_text().splitlines()))
     for number, (module, name, line, kind, mutated) in enumerate(found, start=1):
-        if survives(module, mutated, limit, name):
+        key = hashlib.sha256(mutated.encode()).hexdigest()
+        if key not in results:
+            results[key] = survives(module, mutated, limit, name)
+            with open(args.state, "a") as file:
+                file.write(json.dumps([key, results[key]]) + "\n")
+        if results[key]:
             survivors.append((name, line, kind))
             text = sources[module].splitlines()[line - 1].strip()[:100]
             print(f"survived: {module}.{name}:{line} {kind}: {text}", flush=True)

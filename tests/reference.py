@@ -1,15 +1,17 @@
 """Danube3 once more, in plain NumPy: the same functions as danube3.py, written from the formulas alone.
 
-The tests hold the fast PyTorch code against this file, so it is slow, exact and short: float64 but where a format asks
-for less (quantization), no classes, no state, nothing but numpy. Every backward function carries its derivation. Read
-it as a second textbook:
+The tests hold the fast PyTorch code against this file, so it is slow, exact and short: float64 except where a format
+asks for less (quantization), no classes, no state, nothing but numpy. Every backward function carries its derivation.
+Read it as a second textbook:
 
-    1. kernels, forward and backward      4. optimizer and schedule
-    2. the model, forward and backward    5. the staged mixture
-    3. sampling                           6. the training step, LoRA, quantization
+    1. building blocks, forward and backward    5. the staged mixture
+    2. the model, forward and backward          6. the training step
+    3. sampling                                 7. LoRA
+    4. optimizer and schedule                   8. quantization
 
-Shapes: B batch, T tokens (queries), S cached + new positions (keys), D hidden_size, H query heads, K key/value heads,
-h head_dim, G = H / K query heads to one key/value head, F intermediate_size, V vocab_size, N = B * T, ".." any axes.
+Shapes: B batch, T sequence length (queries), S cached + new positions (keys), D hidden_size, I intermediate_size,
+V vocab_size, H query heads, K key/value heads, h head_dim, G = H / K query heads to one key/value head, N = B * T,
+".." any axes.
 In a backward function `grad` is dL/d(output), and dx stands for dL/dx: it always has the shape of x.
 
 Arrays are used in the precision they come in: pass float64 ones.
@@ -18,11 +20,11 @@ import math
 
 import numpy as np
 
-IGNORE = -100  # a label that carries no loss
+IGNORE_INDEX = -100  # a label that carries no loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Kernels. Each forward is one formula; each backward is the chain rule applied to that formula by hand.
+# 1. Building blocks. Each forward is one formula. Each backward is the chain rule, applied to that formula by hand.
 
 def sigmoid(x):
     """sigma(x) = 1 / (1 + exp(-x)), through log sigma(x) = -log(e^0 + e^-x): no overflow at either end."""
@@ -41,7 +43,7 @@ def linear(x, weight):  # x [.., in], weight [out, in] -> [.., out]
 
 
 def linear_backward(grad, x, weight):  # grad [.., out], x [.., in], weight [out, in] -> dx [.., in], dweight [out, in]
-    """dx_i = sum_o grad_o dy_o/dx_i = sum_o grad_o weight_oi, and dweight_oi = sum over all rows of grad_o x_i."""
+    """dx_i = sum_o grad_o dy_o/dx_i = sum_o grad_o weight_oi, and dweight_oi = sum over all N of grad_o x_i."""
     grad_rows = grad.reshape(-1, weight.shape[0])  # [N, out]
     x_rows = x.reshape(-1, weight.shape[1])        # [N, in]
     return grad @ weight, grad_rows.T @ x_rows
@@ -71,7 +73,7 @@ def rms_norm_backward(grad, x, weight, eps):  # grad [.., D], x [.., D], weight 
         dr/dx_j   = d/dx_j (mean(x^2) + eps)^(-1/2) = -1/2 r^3 * 2 x_j / D = -r^3 x_j / D
         dy_i/dx_j = w_i r [i = j]  -  w_i x_i r^3 x_j / D
         dx_j      = sum_i g_i dy_i/dx_j = r ( g_j w_j  -  (x_j r) * 1/D sum_i g_i w_i (x_i r) )
-        dw_i      = sum over rows of g_i x_i r
+        dw_i      = sum over all N of g_i x_i r
 
     The bracket takes out of g * w its component along x: scaling x leaves y as it is (but for eps)."""
     r = 1.0 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)        # [.., 1]
@@ -83,18 +85,18 @@ def rms_norm_backward(grad, x, weight, eps):  # grad [.., D], x [.., D], weight 
 
 
 def rotary_table(positions, head_dim, theta):  # positions [T] -> cos [T, h/2], sin [T, h/2]
-    """Angle of pair i at position p: p * theta^(-2i/h); pair 0 turns fastest (one radian a token), the last slowest."""
+    """Angle of pair i at position p: p * theta^(-2i/h). Pair 0 rotates fastest (a radian a token), the last slowest."""
     frequencies = theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)        # [h/2]
     angles = np.asarray(positions, np.float64)[:, None] * frequencies          # [T, h/2]
     return np.cos(angles), np.sin(angles)
 
 
 def rotary_embedding(x, cos, sin):  # x [.., T, h], cos [T, h/2], sin [T, h/2] -> [.., T, h]
-    """Turn each pair (a_i, b_i) = (x_i, x_{i+h/2}) by its angle ("rotate half": the partner lies half a head away):
+    """Rotate each pair (a_i, b_i) = (x_i, x_{i+h/2}) by its angle ("rotate half": the partner lies half a head away):
 
         a' = a cos - b sin,    b' = b cos + a sin
 
-    Both q and k are turned, so q(m) . k(n) depends on the distance m - n only."""
+    Both q and k are rotated, so q(m) . k(n) depends on the distance m - n only."""
     a, b = np.split(x, 2, axis=-1)  # [.., T, h/2] each
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
@@ -106,23 +108,24 @@ def rotary_embedding_backward(grad, cos, sin):  # grad [.., T, h] -> dx [.., T, 
     return rotary_embedding(grad, cos, -sin)
 
 
-def attention_probabilities(q, k):  # q [B, K, G, T, h], k [B, K, 1, S, h] -> [B, K, G, T, S]
-    """P_ts = softmax over s of q_t . k_s / sqrt(h), for the s not after t: query t stands at position S - T + t."""
+def attention_weights(q, k):  # q [B, K, G, T, h], k [B, K, 1, S, h] -> [B, K, G, T, S]
+    """P_ts = softmax over s of the scores q_t . k_s / sqrt(h). Query t stands at position S - T + t and attends to the
+    keys up to it."""
     T, S = q.shape[-2], k.shape[-2]
     scores = q @ np.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])               # [B, K, G, T, S]
     is_future = np.arange(S)[None, :] > np.arange(S - T, S)[:, None]           # [T, S]
-    return softmax(np.where(is_future, -np.inf, scores))                       # exp(-inf) = 0: the future has no part
+    return softmax(np.where(is_future, -np.inf, scores))                       # exp(-inf) = 0: no weight on the future
 
 
 def grouped_query_attention(q, k, v):  # q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T, h]
-    """out_t = sum_s P_ts v_s, causal; the queries are the last T of the S positions. Query head i reads key/value head
-    i // G, G = H / K: splitting the axis H into [K, G] puts each query head beside the one it reads."""
+    """out_t = sum_s P_ts v_s, causal, with the attention weights P. The queries are the last T of the S positions.
+    Query head i reads key/value head i // G, G = H / K. With the axis H split into [K, G], that is the first index."""
     B, H, T, h = q.shape
     K = k.shape[1]
     assert H % K == 0 and T <= k.shape[2]
     q = q.reshape(B, K, H // K, T, h)                                          # [B, K, G, T, h]
     k, v = k[:, :, None], v[:, :, None]                                        # [B, K, 1, S, h]
-    return (attention_probabilities(q, k) @ v).reshape(B, H, T, h)
+    return (attention_weights(q, k) @ v).reshape(B, H, T, h)
 
 
 def grouped_query_attention_backward(grad, q, k, v):  # grad, q [B, H, T, h], k and v [B, K, S, h] -> dq, dk, dv
@@ -133,13 +136,13 @@ def grouped_query_attention_backward(grad, q, k, v):  # grad, q [B, H, T, h], k 
                                       =>  dA_u = sum_s dP_s P_s ([s = u] - P_u) = P_u (dP_u - sum_s P_s dP_s)
         A_ts = q_t . k_s / sqrt(h)    =>  dq_t = sum_s dA_ts k_s / sqrt(h),     dk_s = sum_t dA_ts q_t / sqrt(h)
 
-    Masked places have P = 0, so dA = 0 there by itself. A key/value head gets the sum over the G query heads that read
-    it."""
+    Masked positions have P = 0, so dA = 0 there by itself. A key/value head gets the sum over the G query heads that
+    read it."""
     B, H, T, h = q.shape
     K = k.shape[1]
     q, grad = (a.reshape(B, K, H // K, T, h) for a in (q, grad))               # [B, K, G, T, h]
     k, v = k[:, :, None], v[:, :, None]                                        # [B, K, 1, S, h]
-    P = attention_probabilities(q, k)                                          # [B, K, G, T, S]
+    P = attention_weights(q, k)                                                # [B, K, G, T, S]
     dv = (np.swapaxes(P, -1, -2) @ grad).sum(axis=2)                           # [B, K, G, S, h] -> [B, K, S, h]
     dP = grad @ np.swapaxes(v, -1, -2)                                         # [B, K, G, T, S]
     dA = P * (dP - (P * dP).sum(axis=-1, keepdims=True)) / math.sqrt(h)        # [B, K, G, T, S]
@@ -148,12 +151,12 @@ def grouped_query_attention_backward(grad, q, k, v):  # grad, q [B, H, T, h], k 
     return dq, dk, dv
 
 
-def swiglu(gate, up):  # gate [.., F], up [.., F] -> [.., F]
+def swiglu(gate, up):  # gate [.., I], up [.., I] -> [.., I]
     """silu(gate) * up  with  silu(g) = g sigma(g): an up-projection that a soft switch lets through."""
     return gate * sigmoid(gate) * up
 
 
-def swiglu_backward(grad, gate, up):  # grad, gate, up [.., F] -> dgate [.., F], dup [.., F]
+def swiglu_backward(grad, gate, up):  # grad, gate, up [.., I] -> dgate [.., I], dup [.., I]
     """sigma' = sigma (1 - sigma), so silu'(g) = sigma + g sigma (1 - sigma) = sigma (1 + g (1 - sigma)), and
 
         dgate = grad * up * silu'(gate),    dup = grad * silu(gate)"""
@@ -161,18 +164,18 @@ def swiglu_backward(grad, gate, up):  # grad, gate, up [.., F] -> dgate [.., F],
     return grad * up * s * (1.0 + gate * (1.0 - s)), grad * gate * s
 
 
-def cross_entropy(logits, labels):  # logits [N, V], labels [N] -> the sum (not the mean) over the rows with a label
-    """loss_n = -log softmax(z_n)[label_n] = log sum_v exp(z_nv) - z_n,label. Rows with the label -100 are left out."""
-    rows = np.flatnonzero(labels != IGNORE)                                    # [labelled]
-    z = logits[rows]                                                           # [labelled, V]
-    largest = z.max(axis=-1, keepdims=True)                                    # [labelled, 1]
-    log_sum = largest[:, 0] + np.log(np.exp(z - largest).sum(axis=-1))         # [labelled]
+def cross_entropy(logits, labels):  # logits [N, V], labels [N] -> the sum (not the mean) over all targets
+    """loss_n = -log softmax(z_n)[label_n] = log sum_v exp(z_nv) - z_n,label. Labels of -100 are no targets."""
+    rows = np.flatnonzero(labels != IGNORE_INDEX)                              # [targets]
+    z = logits[rows]                                                           # [targets, V]
+    largest = z.max(axis=-1, keepdims=True)                                    # [targets, 1]
+    log_sum = largest[:, 0] + np.log(np.exp(z - largest).sum(axis=-1))         # [targets]
     return float(np.sum(log_sum - z[np.arange(len(rows)), labels[rows]]))
 
 
 def cross_entropy_backward(logits, labels):  # logits [N, V], labels [N] -> dlogits [N, V] of the summed loss
     """d/dz_v (log sum_u exp(z_u) - z_label) = exp(z_v) / sum_u exp(z_u) - [v = label] = softmax(z)_v - [v = label]."""
-    rows = np.flatnonzero(labels != IGNORE)
+    rows = np.flatnonzero(labels != IGNORE_INDEX)
     dlogits = np.zeros(logits.shape)
     dlogits[rows] = softmax(logits[rows])
     dlogits[rows, labels[rows]] -= 1.0
@@ -187,7 +190,7 @@ LAYER_WEIGHTS = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "sel
                  "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-def layer_weights(weights, layer):  # -> {"input_layernorm": [D], "q_proj": [H*h, D], ..., "down_proj": [D, F]}
+def layer_weights(weights, layer):  # -> {"input_layernorm": [D], "q_proj": [H*h, D], ..., "down_proj": [D, I]}
     return {name.split(".")[-1]: weights[f"model.layers.{layer}.{name}.weight"] for name in LAYER_WEIGHTS}
 
 
@@ -202,7 +205,7 @@ def merge_heads(x):  # [B, heads, T, h] -> [B, T, heads * h]
 
 
 def decoder_layer(x, w, config, cos, sin, past=None):  # x [B, T, D] -> [B, T, D], saved; past: k, v [B, K, S-T, h]
-    """x += attention(norm(x));  x += mlp(norm(x)). x is the residual stream: each half reads it and adds to it."""
+    """x += attention(norm(x));  x += mlp(norm(x)). x is the residual stream: each branch reads it and adds to it."""
     x_norm = rms_norm(x, w["input_layernorm"], config.rms_norm_eps)                        # [B, T, D]
     q = split_heads(linear(x_norm, w["q_proj"]), config.head_dim)                          # [B, H, T, h]
     k = split_heads(linear(x_norm, w["k_proj"]), config.head_dim)                          # [B, K, T, h]
@@ -214,20 +217,20 @@ def decoder_layer(x, w, config, cos, sin, past=None):  # x [B, T, D] -> [B, T, D
     middle = x + linear(heads, w["o_proj"])                                                # [B, T, D]
 
     middle_norm = rms_norm(middle, w["post_attention_layernorm"], config.rms_norm_eps)     # [B, T, D]
-    gate = linear(middle_norm, w["gate_proj"])                                             # [B, T, F]
-    up = linear(middle_norm, w["up_proj"])                                                 # [B, T, F]
-    hidden = swiglu(gate, up)                                                              # [B, T, F]
+    gate = linear(middle_norm, w["gate_proj"])                                             # [B, T, I]
+    up = linear(middle_norm, w["up_proj"])                                                 # [B, T, I]
+    hidden = swiglu(gate, up)                                                              # [B, T, I]
     saved = dict(x=x, x_norm=x_norm, q=q, k=k, v=v, heads=heads,
                  middle=middle, middle_norm=middle_norm, gate=gate, up=up, hidden=hidden)
     return middle + linear(hidden, w["down_proj"]), saved
 
 
 def decoder_layer_backward(grad, saved, w, config, cos, sin):  # grad [B, T, D] -> dx [B, T, D], {name: gradient}
-    """The forward's lines in reverse. A value that was used twice (x, x_norm, middle, ..) adds up both gradients; in
-    particular the residual sum passes `grad` on unchanged beside what comes back through the branch."""
+    """The forward's lines in reverse. A value that was used twice (x, x_norm, middle, ..) adds up both gradients. In
+    particular, the residual stream passes `grad` on unchanged, and the gradient through the branch is added to it."""
     s, g = saved, {}
-    dhidden, g["down_proj"] = linear_backward(grad, s["hidden"], w["down_proj"])           # [B, T, F]
-    dgate, dup = swiglu_backward(dhidden, s["gate"], s["up"])                              # [B, T, F]
+    dhidden, g["down_proj"] = linear_backward(grad, s["hidden"], w["down_proj"])           # [B, T, I]
+    dgate, dup = swiglu_backward(dhidden, s["gate"], s["up"])                              # [B, T, I]
     from_gate, g["gate_proj"] = linear_backward(dgate, s["middle_norm"], w["gate_proj"])   # [B, T, D]
     from_up, g["up_proj"] = linear_backward(dup, s["middle_norm"], w["up_proj"])           # [B, T, D]
     from_mlp, g["post_attention_layernorm"] = rms_norm_backward(
@@ -246,10 +249,10 @@ def decoder_layer_backward(grad, saved, w, config, cos, sin):  # grad [B, T, D] 
 
 
 def danube3(input_ids, weights, config, cache=None):  # input_ids [B, T] -> logits [B, T, V]
-    """Embed, num_hidden_layers decoder layers, norm, project on the vocabulary.
+    """Embedding, num_hidden_layers decoder layers, norm, head.
 
     cache: None, or a list that is empty (or all None) at first and afterwards holds one (k, v) per layer, each
-    [B, K, S, h]. It is extended in place; the new tokens then stand at the positions after the cached ones."""
+    [B, K, S, h]. It is extended in place. The new tokens then stand at the positions after the cached ones."""
     if cache is not None and not cache:
         cache.extend([None] * config.num_hidden_layers)
     start = cache[0][0].shape[2] if cache and cache[0] is not None else 0
@@ -266,14 +269,14 @@ def danube3(input_ids, weights, config, cache=None):  # input_ids [B, T] -> logi
 
 
 def next_token_labels(labels):  # [B, T] -> [B * T]
-    """labels stand beside input_ids; the logits at t predict labels[t + 1], and the last ones predict nothing."""
-    nothing = np.full_like(labels[:, :1], IGNORE)
+    """Labels line up with input_ids. The logits at t predict labels[t + 1], and the last ones predict nothing."""
+    nothing = np.full_like(labels[:, :1], IGNORE_INDEX)
     return np.concatenate([labels[:, 1:], nothing], axis=1).reshape(-1)
 
 
 def danube3_loss_and_gradients(input_ids, labels, weights, config):  # both [B, T] -> loss, count, {name: gradient}
-    """The summed loss, the number of labelled tokens, and the gradients of the SUM: sums over micro-batches simply add,
-    and one division by the total count makes the mean over the whole optimizer step."""
+    """The summed loss, the number of targets, and the gradients of the SUM: sums over micro-batches simply add, and one
+    division by the total count makes the mean over the whole optimizer step."""
     cos, sin = rotary_table(np.arange(input_ids.shape[1]), config.head_dim, config.rope_theta)
     x = embedding(input_ids, weights["model.embed_tokens.weight"])                         # [B, T, D]
     tape = []
@@ -283,7 +286,7 @@ def danube3_loss_and_gradients(input_ids, labels, weights, config):  # both [B, 
     x_norm = rms_norm(x, weights["model.norm.weight"], config.rms_norm_eps)                # [B, T, D]
     logits = linear(x_norm, weights["lm_head.weight"])                                     # [B, T, V]
     rows, targets = logits.reshape(-1, logits.shape[-1]), next_token_labels(labels)        # [N, V], [N]
-    loss, count = cross_entropy(rows, targets), int(np.sum(targets != IGNORE))
+    loss, count = cross_entropy(rows, targets), int(np.sum(targets != IGNORE_INDEX))
 
     grads = {}
     dlogits = cross_entropy_backward(rows, targets).reshape(logits.shape)                  # [B, T, V]
@@ -301,15 +304,15 @@ def danube3_loss_and_gradients(input_ids, labels, weights, config):  # both [B, 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Sampling.
 
-def filter_logits(logits, temperature, top_k, top_p):  # logits [V] -> probabilities [V]
+def next_token_probabilities(logits, temperature, top_k, top_p):  # logits [V] -> probabilities [V]
     """The distribution to draw the next token from. In this order:
 
-        temperature  z / temperature: below 1 sharpens, above 1 flattens (0, always the likeliest, is the caller's case)
+        temperature  z / temperature: below 1 sharpens, above 1 flattens (0 is greedy, and the caller's case)
         top_k        keep the k largest; 0 = off; among equals the smaller id goes first
         top_p        of what is left, renormalized, keep the fewest likeliest whose total reaches p (so at least one);
                      1 = off
 
-    What is kept is renormalized; everything else has probability 0."""
+    What is kept is renormalized. Everything else has probability 0."""
     assert temperature > 0
     z = logits / temperature
     order = np.argsort(-z, kind="stable")                       # ids, the likeliest first
@@ -325,8 +328,8 @@ def filter_logits(logits, temperature, top_k, top_p):  # logits [V] -> probabili
 
 
 def generate(input_ids, weights, config, max_new_tokens, use_cache):  # input_ids [B, T] -> [B, T + n]
-    """Greedy: append the likeliest token, max_new_tokens times or until every row has ended. A row that has ended is
-    filled with eos_token_id. With a cache only the newest token is computed, without it the whole row again."""
+    """Greedy: append the likeliest token, max_new_tokens times or until every sequence has ended. A sequence that has
+    ended repeats eos_token_id. With a cache only the newest token is computed, without it the whole sequence again."""
     cache = [] if use_cache else None
     new_ids, ended = input_ids, np.zeros(len(input_ids), dtype=bool)           # [B, T], [B]
     for _ in range(max_new_tokens):
@@ -334,7 +337,7 @@ def generate(input_ids, weights, config, max_new_tokens, use_cache):  # input_id
         likeliest = np.where(ended, config.eos_token_id, logits.argmax(axis=-1))               # [B]
         new_ids = likeliest[:, None]                                                           # [B, 1]
         input_ids = np.concatenate([input_ids, new_ids], axis=1)                               # [B, T + 1]
-        ended = likeliest == config.eos_token_id  # stays true: a row that has ended was just given it again
+        ended = likeliest == config.eos_token_id  # stays true: it is repeated
         if ended.all():
             break
     return input_ids
@@ -350,8 +353,8 @@ def adamw_step(weight, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):  
         v = beta2 v + (1 - beta2) grad^2        running mean of its square
         weight = weight (1 - lr weight_decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 
-    m and v start at 0, so after t steps the weights of the gradients in them sum to 1 - beta^t only; the divisions make
-    up for that. The decay is decoupled: it is no part of grad, so v does not rescale it."""
+    m and v, the moments, start at 0. So after t steps the factors of the gradients in them sum to 1 - beta^t only, and
+    the divisions correct that. Weight decay is decoupled: it is no part of grad, so v does not rescale it."""
     m = beta1 * m + (1.0 - beta1) * grad
     v = beta2 * v + (1.0 - beta2) * grad**2
     m_hat = m / (1.0 - beta1**step)
@@ -361,16 +364,16 @@ def adamw_step(weight, grad, m, v, step, lr, beta1, beta2, eps, weight_decay):  
 
 
 def clip_gradients(grads, max_norm):  # {name: [..]} -> {name: [..]}, norm
-    """All gradients as one long vector: if it is longer than max_norm, shorten it to (all but) max_norm. The norm given
-    back is the one before clipping; the 1e-6 is PyTorch's guard against a division by zero."""
+    """All gradients as one long vector: if its norm is larger than max_norm, scale it down to (all but) max_norm.
+    Returns the norm before clipping. The 1e-6 is PyTorch's guard against a division by zero."""
     norm = math.sqrt(sum(float(np.sum(grad**2)) for grad in grads.values()))
     scale = min(1.0, max_norm / (norm + 1e-6))
     return {name: grad * scale for name, grad in grads.items()}, norm
 
 
 def learning_rate(step, total_steps, warmup_steps, peak, minimum):  # step 0 .. total_steps - 1 -> float
-    """Up a straight line, peak * (step + 1) / warmup_steps, so that step 0 already moves; then down half a cosine from
-    peak (at step warmup_steps) to minimum (at step total_steps - 1, and after it)."""
+    """Linear warm-up, peak * (step + 1) / warmup_steps, so that step 0 already moves. Then half a cosine, from peak (at
+    step warmup_steps) down to minimum (at step total_steps - 1, and after it)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))  # 0 .. 1
@@ -378,24 +381,24 @@ def learning_rate(step, total_steps, warmup_steps, peak, minimum):  # step 0 .. 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The staged mixture: which source each row of a stage comes from.
+# 5. The staged mixture: which source each sequence of a stage comes from.
 
-def mixture_rows(weights, rows):  # {source: integer weight} -> [rows] source names
-    """Deal the rows so that after every t of them source i has had its share t w_i / W to within one row, W = sum of w.
-    Nothing is random: of the released sources, the one with the earliest deadline, in exact integers. A source that has
-    had n rows
+def mixture_pattern(weights, length):  # {source: integer weight} -> [length] source names
+    """Distribute sequences so that after every t of them source i has had its share t w_i / W to within one, W = sum of
+    w. Nothing is random: of the released sources, the one with the earliest deadline is next, in exact integers. A
+    source that has had n sequences
 
-        is released at row t    if n + 1 stays below t w_i / W + 1:       t w_i > n W
-        has its deadline at     the first t at which n would be a whole row short, t w_i / W >= n + 1:
-                                                                          t = (n + 1) W / w_i, rounded up
+        is released at sequence t    if n + 1 stays below t w_i / W + 1:         t w_i > n W
+        has its deadline at          the first t at which n would be a whole sequence short, t w_i / W >= n + 1:
+                                                                                 t = (n + 1) W / w_i, rounded up
 
     (equal deadlines: the order of the dict). Some source is always released, because sum_i t w_i = t W is greater than
-    sum_i n_i W = (t - 1) W. That all deadlines can be met is Tijdeman's theorem on the chairman assignment problem
-    (1980; schedulers know it as Pfair); for jobs of one row, earliest deadline first meets them if any order can."""
+    sum_i n_i W = (t - 1) W. Tijdeman's theorem on the chairman assignment problem (1980; schedulers know it as Pfair)
+    says that all deadlines can be met. Earliest deadline first meets them if any order can."""
     W = sum(weights.values())
     had = {name: 0 for name in weights}
     names = []
-    for t in range(1, rows + 1):
+    for t in range(1, length + 1):
         released = [name for name in weights if t * weights[name] > had[name] * W]  # a weight of 0 is never released
         name = min(released, key=lambda i: -(-(had[i] + 1) * W // weights[i]))      # -(-a // b) is a / b rounded up
         had[name] += 1
@@ -408,9 +411,10 @@ def mixture_rows(weights, rows):  # {source: integer weight} -> [rows] source na
 
 def train_steps(weights, batches, config, *, total_steps, warmup_steps, peak, minimum, beta1, beta2, eps, weight_decay,
                 grad_clip):  # batches[step][micro_batch] = (input_ids [B, T], labels [B, T]) -> weights, losses, norms
-    """Whole optimizer steps from fresh moments. Loss and gradients are summed over the micro-batches and divided once
-    by the labelled tokens of the whole step: dividing each micro-batch by its own count would give a token in a
-    sparsely labelled one more say. Matrices (embeddings included) decay; the gains of the norms do not."""
+    """Whole optimizer steps from fresh moments, with gradient accumulation. Loss and gradients are summed over the
+    micro-batches and divided once, by the targets of the whole step. (Divided by each micro-batch's own count, a target
+    in a micro-batch with few of them would count for more.) Weight decay is for weight matrices, embeddings included,
+    not for norm weights."""
     m = {name: np.zeros_like(weight) for name, weight in weights.items()}
     v = {name: np.zeros_like(weight) for name, weight in weights.items()}
     losses, norms = [], []
@@ -435,58 +439,69 @@ def train_steps(weights, batches, config, *, total_steps, warmup_steps, peak, mi
     return weights, losses, norms
 
 
-# ---------------------------------------------------------------------------------------------------------------- LoRA
-def lora_linear(x, W, A, B, alpha):
-    """y = x W^T + (alpha / r) x A^T B^T: x [.., in], W [out, in], A [r, in], B [out, r] -> [.., out]"""
-    return x @ W.T + alpha / len(A) * (x @ A.T @ B.T)
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. LoRA: a low-rank update of a frozen weight matrix.
+
+def lora_linear(x, weight, lora_A, lora_B, alpha):
+    """y = x W^T + (alpha / r) x lora_A^T lora_B^T.
+    x [.., in], weight W [out, in], lora_A [r, in], lora_B [out, r] -> [.., out]"""
+    return x @ weight.T + alpha / len(lora_A) * (x @ lora_A.T @ lora_B.T)
 
 
-def lora_linear_backward(grad, x, W, A, B, alpha):
-    """With s = alpha / r and grad the gradient of y [.., out]: y depends on A through x A^T B^T s. Written with rows
-    n over all leading dimensions, y_no = sum_i W_oi x_ni + s sum_ri B_or A_ri x_ni, so
-    dA_ri = s sum_no grad_no B_or x_ni, dB_or = s sum_n grad_no (x A^T)_nr, dx = grad (W + s B A). W is frozen."""
-    s, rows, grads = alpha / len(A), x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    dA = s * (grads @ B).T @ rows  # [r, in]
-    dB = s * grads.T @ (rows @ A.T)  # [out, r]
-    return grad @ (W + s * B @ A), dA, dB
+def lora_linear_backward(grad, x, weight, lora_A, lora_B, alpha):  # -> dx [.., in], dlora_A [r, in], dlora_B [out, r]
+    """With s = alpha / r, A and B the two LoRA matrices, grad [.., out], and n over all leading dimensions,
+
+        y_no  = sum_i W_oi x_ni + s sum_ri B_or A_ri x_ni
+        dA_ri = s sum_no grad_no B_or x_ni,    dB_or = s sum_n grad_no (x A^T)_nr,    dx = grad (W + s B A)
+
+    W is frozen and gets no gradient."""
+    s, rows, grads = alpha / len(lora_A), x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    dlora_A = s * (grads @ lora_B).T @ rows    # [r, in]
+    dlora_B = s * grads.T @ (rows @ lora_A.T)  # [out, r]
+    return grad @ (weight + s * lora_B @ lora_A), dlora_A, dlora_B
 
 
-# -------------------------------------------------------------------------------------------------------- quantization
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Quantization. Codes and scales of weight matrices [out, in], in the precision that the formats ask for.
+
 def round_away(x):
     """To the nearest whole number, halves away from zero."""
     return np.sign(x) * np.floor(np.abs(x) + 0.5)
 
 
 def quantize_int8(weight):
-    """Each row to steps of max|w| / 127: weight [N, K] -> codes [N, K], scales [N] (float16). One row at a time."""
+    """w = code * scale, with scale = max|w| / 127 of the row. weight [out, in] -> codes int8 [out, in], scales fp16
+    [out]. One row at a time."""
     codes, scales = np.zeros(weight.shape, np.int8), np.zeros(len(weight), np.float16)
-    for n, row in enumerate(weight.astype(np.float32)):
+    for i, row in enumerate(weight.astype(np.float32)):
         scale = np.abs(row).max() / np.float32(127)
-        if scale < 2.0 ** -14:  # float16 holds such a number with fewer digits, or as zero
+        if scale < 2.0 ** -14:  # subnormal: float16 holds it with fewer digits, or as zero
             scale = np.float32(np.float16(scale))
         if scale:
-            codes[n], scales[n] = np.clip(round_away(row / scale), -127, 127), scale
+            codes[i], scales[i] = np.clip(round_away(row / scale), -127, 127), scale
     return codes, scales
 
 
 def quantize_int4(weight):
-    """Each 32 weights of a row to 16 steps: -8 d is the largest of them in magnitude. -> [N, K], [N, K/32]"""
-    N, K = weight.shape
-    codes, scales = np.full((N, K), 8, np.uint8), np.zeros((N, K // 32), np.float16)
-    for n in range(N):
-        for g in range(K // 32):
-            group = weight[n, 32 * g:32 * g + 32].astype(np.float32)
-            d = group[np.abs(group).argmax()] / np.float32(-8)
-            if abs(d) < 2.0 ** -14:
-                d = np.float32(np.float16(d))
-            if d:
-                codes[n, 32 * g:32 * g + 32] = np.clip(np.floor(group / d + 8.5), 0, 15)
-                scales[n, g] = d
+    """w = (code - 8) * scale, codes 0 .. 15, a scale for each group of 32 weights of a row: -8 * scale is the one of
+    largest magnitude. weight [out, in] -> codes uint8 [out, in], scales fp16 [out, in/32]"""
+    out_features, in_features = weight.shape
+    codes = np.full((out_features, in_features), 8, np.uint8)
+    scales = np.zeros((out_features, in_features // 32), np.float16)
+    for i in range(out_features):
+        for g in range(in_features // 32):
+            group = weight[i, 32 * g:32 * g + 32].astype(np.float32)
+            scale = group[np.abs(group).argmax()] / np.float32(-8)
+            if abs(scale) < 2.0 ** -14:  # subnormal
+                scale = np.float32(np.float16(scale))
+            if scale:
+                codes[i, 32 * g:32 * g + 32] = np.clip(np.floor(group / scale + 8.5), 0, 15)
+                scales[i, g] = scale
     return codes, scales
 
 
 def pack_int4(codes):
-    """Byte j of each group of 32 codes holds code j below and code j + 16 above. [N, K] -> [N, K/2]"""
+    """Byte j of a group of 32 has code j in its low half, code j + 16 in its high half. [out, in] -> [out, in/2]"""
     packed = np.zeros((len(codes), codes.shape[1] // 2), np.uint8)
     for g in range(codes.shape[1] // 32):
         for j in range(16):
@@ -495,6 +510,7 @@ def pack_int4(codes):
 
 
 def unpack_int4(packed):
+    """The inverse of pack_int4. [out, in/2] -> [out, in]"""
     codes = np.zeros((len(packed), packed.shape[1] * 2), np.uint8)
     for g in range(packed.shape[1] // 16):
         for j in range(16):
@@ -504,49 +520,52 @@ def unpack_int4(packed):
 
 
 def dequantize(codes, scales):
-    """int8 codes [N, K] with scales [N], or int4 codes [N, K] (unpacked) with scales [N, K/32] -> float32 [N, K]"""
+    """int8 codes [out, in] and scales [out], or int4 codes [out, in] (unpacked) and scales [out, in/32] -> float32
+    [out, in]"""
     if scales.ndim == 1:
         return codes.astype(np.float32) * scales.astype(np.float32)[:, None]
     return (codes.astype(np.float32) - 8) * np.repeat(scales.astype(np.float32), 32, axis=1)
 
 
 def quantized_matmul(x, codes, scales):
+    """x W^T with W dequantized. x [.., in] -> [.., out]"""
     return x @ dequantize(codes, scales).astype(np.float64).T
 
 
-def group_scale(group, importance):
-    """The scale that makes one group's weighted error smallest of 50 fitted by least squares."""
+def group_scale(group, error_weight):
+    """Of 50 scales fitted by least squares, the one with the smallest weighted error of a group. [32], [32] -> float"""
     largest, best, lowest = group[np.abs(group).argmax()], 0.0, np.inf
     for factor in [*np.linspace(0.6, 1.2, 25), *np.linspace(-1.3, -0.7, 25)]:
         start = largest / -8 * factor
-        steps = np.clip(np.floor(group / start + 0.5), -8, 7) if start else np.zeros(len(group))
-        weight = (importance * steps ** 2).sum()
-        scale = float(np.float16((importance * group * steps).sum() / weight)) if weight else 0.0
-        error = (importance * (group - scale * steps) ** 2).sum()
+        values = np.clip(np.floor(group / start + 0.5), -8, 7) if start else np.zeros(len(group))  # code - 8
+        total = (error_weight * values ** 2).sum()
+        scale = float(np.float16((error_weight * group * values).sum() / total)) if total else 0.0
+        error = (error_weight * (group - scale * values) ** 2).sum()
         if error < lowest:
             best, lowest = scale, error
     return best
 
 
-def gptq(weight, hessian, damping=0.05):
+def gptq(weight, hessian, percdamp=0.05):
     """GPTQ by its definition (optimal brain surgeon, one column at a time): round column i, move the others to where
-    the error that remains is smallest, take column i out of the inverse hessian. No Cholesky factor, no blocks.
+    the error that remains is smallest, take column i out of the inverse Hessian. No Cholesky factor, no blocks.
 
     With the remaining columns R and A = (H_RR)^-1, rounding w_i by e = w_i - q_i costs e^2 / A_ii and moves those by
-    -e A_iR / A_ii; then A becomes A - A_Ri A_iR / A_ii without row and column i. weight [N, K], hessian [K, K]"""
-    W, K = weight.astype(np.float64).copy(), weight.shape[1]
-    A = np.linalg.inv(hessian + np.eye(K) * (damping * np.diag(hessian).mean() + 1e-12))
-    codes, scales = np.zeros(W.shape, np.uint8), np.zeros((len(W), K // 32), np.float16)
-    for i in range(K):
-        if i % 32 == 0:  # scales of the next group; its importance is 1 / A_ii as each column will find it
-            importance, B = np.zeros(32), A.copy()
+    -e A_iR / A_ii. Then A becomes A - A_Ri A_iR / A_ii without row and column i. First, `percdamp` times
+    the mean of H's diagonal is added to that diagonal. weight [out, in], hessian [in, in]"""
+    W, size = weight.astype(np.float64).copy(), weight.shape[1]
+    A = np.linalg.inv(hessian + np.eye(size) * (percdamp * np.diag(hessian).mean() + 1e-12))
+    codes, scales = np.zeros(W.shape, np.uint8), np.zeros((len(W), size // 32), np.float16)
+    for i in range(size):
+        if i % 32 == 0:  # scales of the next group; an error's weight is 1 / A_ii as each column will find it
+            error_weight, B = np.zeros(32), A.copy()
             for j in range(32):
-                importance[j] = 1 / B[i + j, i + j]
+                error_weight[j] = 1 / B[i + j, i + j]
                 B = B - np.outer(B[:, i + j], B[i + j]) / B[i + j, i + j]
-            scales[:, i // 32] = [group_scale(row, importance) for row in W[:, i:i + 32]]
+            scales[:, i // 32] = [group_scale(row, error_weight) for row in W[:, i:i + 32]]
         scale = scales[:, i // 32].astype(np.float64)
-        steps = np.divide(W[:, i], scale, out=np.zeros(len(W)), where=scale != 0)
-        codes[:, i] = np.clip(np.floor(steps + 8.5), 0, 15)
+        values = np.divide(W[:, i], scale, out=np.zeros(len(W)), where=scale != 0)
+        codes[:, i] = np.clip(np.floor(values + 8.5), 0, 15)
         error = W[:, i] - scale * (codes[:, i].astype(np.float64) - 8)
         W[:, i + 1:] -= np.outer(error, A[i, i + 1:]) / A[i, i]
         A = A - np.outer(A[:, i], A[i]) / A[i, i]

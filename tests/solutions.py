@@ -1,7 +1,7 @@
 """For teachers: a solution of each exercise of exercises.py, as replacements in FILES.
 
 SOLUTIONS: name: [(old text, which occurs once in all of them, new text), ..]. FAILS: the tests that a "break it"
-change makes fail. Shorter than a good answer would be: without docstrings, and as simple as can be.
+change makes fail. A good answer would be longer: these have no docstrings, and are as simple as can be.
 """
 
 
@@ -27,7 +27,7 @@ def kv_cache_bytes(config, batch_size, length, bytes_per_number=2):
         ("""        expected = ("user", "assistant")[i % 2]\n""",
          """        questions = i == 0 or messages[i - 1].get("role") == "assistant"
         expected = ("user",) if questions else ("assistant", "tool")\n"""),
-        ("""        if message.get("role") != expected:""", """        if message.get("role") not in expected:"""),
+        ("""message.get("role") == expected,""", """message.get("role") in expected,"""),
     ],
     "break-norm": [("scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)",
                     "scale = torch.rsqrt(x32.square().mean(-1, keepdim=True))")],
@@ -39,27 +39,27 @@ def kv_cache_bytes(config, batch_size, length, bytes_per_number=2):
     "interleaved-rotary": [before("def grouped_query_attention(", """
 def rotary_embedding_interleaved(x, cos, sin):
     first, second = x[..., ::2], x[..., 1::2]
-    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
 """)],
     "sliding-window": [
         ("def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor)",
          "def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0)"),
-        ("    mask, causal = None, False\n", """\
+        ("    return F.scaled_dot", """\
     if window:
         ones = torch.ones(T, S, dtype=torch.bool, device=q.device)
         mask = ones.tril(diagonal=S - T).triu(diagonal=S - T - window + 1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    mask, causal = None, False\n"""),
+    return F.scaled_dot"""),
     ],
     "z-loss": [
         ("def cross_entropy(logits: Tensor, labels: Tensor)",
          "def cross_entropy(logits: Tensor, labels: Tensor, z: float = 0.0)"),
-        ("""    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")""", """\
-    penalty = z * logits[labels != IGNORE].logsumexp(-1).square().sum()
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") + penalty"""),
+        ("""    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")""", """\
+    penalty = z * logits[labels != IGNORE_INDEX].logsumexp(-1).square().sum()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") + penalty"""),
     ],
-    "break-shift": [("targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)", "targets = labels")],
+    "break-shift": [("targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)", "targets = labels")],
     "tied-embeddings": [before("def next_token_probabilities(", """
 def tie_embeddings(model):
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -69,6 +69,7 @@ def tie_embeddings(model):
 class RollingCache:
     def __init__(self, config, batch_size, window, dtype, device):
         self.length, self.window = 0, window
+        self.input_ids = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.kv = torch.zeros(config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, window,
                               config.head_dim, dtype=dtype, device=device)
 
@@ -80,10 +81,8 @@ class RollingCache:
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
 """)],
     "min-p": [
-        ("def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0)",
-         "def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0,\n"
-         "                             min_p: float = 0.0)"),
-        ("top_p >= 1.0:  # nothing", "top_p >= 1.0 and min_p == 0:  # nothing"),
+        ("top_p: float = 1.0) -> Tensor:", "top_p: float = 1.0, min_p: float = 0.0) -> Tensor:"),
+        ("if top_k == 0 and top_p >= 1.0:", "if top_k == 0 and top_p >= 1.0 and min_p == 0:"),
         ("    return torch.zeros_like(probabilities).scatter(", """\
     keep = probabilities >= min_p * probabilities[:, :1]
     probabilities = probabilities * keep / (probabilities * keep).sum(-1, keepdim=True)
@@ -94,7 +93,7 @@ def repetition_penalty(logits, seen_ids, penalty):
     seen = logits.gather(-1, seen_ids)  # [B, S]
     return logits.scatter(-1, seen_ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 """)],
-    "beam-search": [before("# " + "=" * 118 + "\n# 6. Checkpoints", """
+    "beam-search": [before("# ==== 6. Data ===", """
 @torch.no_grad()
 def beam_search(model, input_ids, beams, max_new_tokens):
     eos, T, texts = model.config.eos_token_id, input_ids.shape[1], [(0.0, input_ids[0].tolist())]
@@ -120,32 +119,31 @@ def average_weights(folders):
             mean[name] = mean.get(name, 0) + weight.float() / len(folders)
     return mean
 """)],
-    "fourth-stage": [before("SOURCES = (", """
-def with_stage(recipe, name, tokens, mixture):
-    *others, last = recipe.stages
+    "fourth-stage": [before("def three_stages(", """
+def with_stage(config, name, tokens, mixture):
+    *others, last = config.stages
     if last.tokens <= tokens:
         raise DanubeError(f"{last.name} has only {last.tokens:,} tokens to give")
     shorter = replace(last, tokens=last.tokens - tokens)
-    return replace(recipe, stages=(*others, shorter, Stage(name, tokens, mixture)))
+    return replace(config, stages=(*others, shorter, Stage(name, tokens, mixture)))
 """)],
     "tempered-mixture": [before("def mixture_pattern(", """
 def tempered(sizes, exponent, total=1000):
     powers = {name: size ** exponent for name, size in sizes.items()}
     exact = {name: total * power / sum(powers.values()) for name, power in powers.items()}
     weights = {name: math.floor(share) for name, share in exact.items()}
-    by_rest = sorted(exact, key=lambda name: weights[name] - exact[name])
-    for name in by_rest[:total - sum(weights.values())]:
+    by_remainder = sorted(exact, key=lambda name: weights[name] - exact[name])
+    for name in by_remainder[:total - sum(weights.values())]:
         weights[name] += 1
     return weights
 """)],
-    "warmup-stable-decay": [before("# " + "=" * 118 + "\n# 9. Training", """
-def warmup_stable_decay(step, recipe, decay_fraction=0.2):
-    total = recipe.total_steps
-    warmup, decay = max(1, round(recipe.warmup_fraction * total)), round(decay_fraction * total)
-    d = step + 1 - (total - decay)  # 1 .. decay in the last steps
+    "warmup-stable-decay": [before("# ==== 8. Training ===", """
+def warmup_stable_decay(step, total_steps, config, decay_fraction=0.2):
+    warmup, decay = max(1, round(config.warmup_fraction * total_steps)), round(decay_fraction * total_steps)
+    d = step + 1 - (total_steps - decay)  # 1 .. decay in the last steps
     if d > 0:
-        return recipe.learning_rate * (1 - (1 - recipe.final_fraction) * d / decay)
-    return recipe.learning_rate * min(1, (step + 1) / warmup)
+        return config.learning_rate * (1 - (1 - config.final_lr_fraction) * d / decay)
+    return config.learning_rate * min(1, (step + 1) / warmup)
 """)],
     "plain-adamw": [before("def make_optimizer(", """
 class PlainAdamW(torch.optim.Optimizer):
@@ -161,30 +159,30 @@ class PlainAdamW(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 state["step"] = state.get("step", 0) + 1
-                state["m"] = beta1 * state.get("m", 0) + (1 - beta1) * p.grad
-                state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * p.grad ** 2
-                m, v = state["m"] / (1 - beta1 ** state["step"]), state["v"] / (1 - beta2 ** state["step"])
+                state["exp_avg"] = beta1 * state.get("exp_avg", 0) + (1 - beta1) * p.grad
+                state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0) + (1 - beta2) * p.grad ** 2
+                m = state["exp_avg"] / (1 - beta1 ** state["step"])
+                v = state["exp_avg_sq"] / (1 - beta2 ** state["step"])
                 p.mul_(1 - lr * group["weight_decay"]).sub_(lr * m / (v.sqrt() + group["eps"]))
 """)],
-    "break-mean": [("part = model(ids, own_labels) / labelled",
-                    "part = model(ids, own_labels) / (own_labels[:, 1:] != IGNORE).sum().clamp(min=1) / len(batches)")],
+    "break-mean": [("micro_loss = model(ids, own_labels) / count",
+                    "micro_loss = model(ids, own_labels) / (own_labels[:, 1:] != IGNORE_INDEX).sum()"
+                    ".clamp(min=1) / len(batches)")],
     "lora-on-the-head": [
         ("def add_lora(model: Danube3, rank: int, seed: int)",
          "def add_lora(model: Danube3, rank: int, seed: int, head: bool = False)"),
         ("""\
-    for name, linear in layer_linears(model).items():
+    for name, linear in decoder_linears(model).items():
         lora = LoRALinear(linear, rank)""", """\
-    for name, linear in (layer_linears(model) | ({"lm_head": model.lm_head} if head else {})).items():
+    for name, linear in (decoder_linears(model) | ({"lm_head": model.lm_head} if head else {})).items():
         lora = LoRALinear(linear, rank)"""),
         ("""\
-    for name, lora in layer_linears(model).items():
-        if isinstance(lora, LoRALinear):
-            weight, change""", """\
-    for name, lora in (layer_linears(model) | {"lm_head": model.lm_head}).items():
-        if isinstance(lora, LoRALinear):
-            weight, change"""),
+    for name, lora in decoder_linears(model).items():
+        if isinstance(lora, LoRALinear):""", """\
+    for name, lora in (decoder_linears(model) | {"lm_head": model.lm_head}).items():
+        if isinstance(lora, LoRALinear):"""),
     ],
-    "two-adapters": [before("def layer_linears(", """
+    "two-adapters": [before("def decoder_linears(", """
 def combine_adapters(first, second, weights=(1.0, 1.0)):
     rank = first.lora_A.out_features + second.lora_A.out_features
     both = LoRALinear(first.base_layer, rank, alpha=rank)  # a scale of 1
@@ -193,7 +191,7 @@ def combine_adapters(first, second, weights=(1.0, 1.0)):
     both.lora_B.weight.data = torch.cat(scaled, dim=1).detach()
     return both
 """)],
-    "calibration": [before("def free_answers(", """
+    "calibration": [before("def greedy_answers(", """
 def calibration_error(confidence, right, bins=10):
     members = {}
     for c, r in zip(confidence, right):
@@ -201,23 +199,23 @@ def calibration_error(confidence, right, bins=10):
         members.setdefault(b, []).append(c - r)
     return sum(abs(sum(gaps)) for gaps in members.values()) / len(right)
 """)],
-    "paired-difference": [before("def free_answers(", """
+    "paired-difference": [before("def greedy_answers(", """
 def paired_difference(right_a, right_b):
     differences = np.array(right_a, dtype=float) - np.array(right_b, dtype=float)
     return differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
 """)],
     "asymmetric-int4": [before("def pack_int4(", """
 def quantize_int4_asymmetric(weight):
-    groups = weight.float().unflatten(1, (-1, GROUP))                               # [N, K/32, 32]
+    groups = weight.float().unflatten(1, (-1, GROUP))                               # [out, in/32, 32]
     minima = groups.amin(2).half()
     scales = ((groups.amax(2) - groups.amin(2)) / 15).half()
-    steps = (groups - minima.float()[..., None]) * inverse(scales.float())[..., None]
-    return steps.round().clamp(0, 15).flatten(1).to(torch.uint8), scales, minima
+    values = (groups - minima.float()[..., None]) * reciprocal(scales.float())[..., None]
+    return values.round().clamp(0, 15).flatten(1).to(torch.uint8), scales, minima
 
 
 def dequantize_int4_asymmetric(codes, scales, minima):
-    steps = codes.unflatten(1, (-1, GROUP)).float()
-    return (minima.float()[..., None] + steps * scales.float()[..., None]).flatten(1)
+    values = codes.unflatten(1, (-1, GROUP)).float()
+    return (minima.float()[..., None] + values * scales.float()[..., None]).flatten(1)
 """)],
     "rows-from-gguf": [before("def gguf_blocks(", """
 def rows_from_gguf(name, tensor, config):
@@ -227,28 +225,28 @@ def rows_from_gguf(name, tensor, config):
     pairs = tensor.unflatten(0, (heads, config.head_dim // 2, 2))  # [heads, h/2, 2, ..]
     return pairs.transpose(1, 2).flatten(0, 2)
 """)],
-    "undo": [("    def make_room(self, text: str)", """\
+    "undo": [("    def ask(self, text: str)", """\
     def undo(self):
         if not self.exchanges:
             raise DanubeError("there is nothing to take back")
         del self.exchanges[-1], self.messages[-2:]
-        self.kv_cache.length = min(self.kv_cache.length, sum(map(len, self.exchanges)))
 
-    def make_room(self, text: str)""")],
+    def ask(self, text: str)""")],
 }
 
-# The wrong rotary embedding and the wrong heads leave a model that is consistent in itself: causality, cache and
-# distance are as they should be, and only a comparison with the definition notices. Greedy generation survives a
-# missing eps, and a mask that only a chunk after a cache needs. test_accumulation_changes_nothing fails so often
-# because it compares the loss with the twin's, too.
-WHOLE = ["test_whole_model_and_its_gradient", "test_generation_against_the_twin", "test_accumulation_changes_nothing"]
+# The wrong rotary embedding and the wrong heads leave a model that is consistent in itself. Causality, cache and
+# distance are as they should be, and only a comparison with the definition shows the mistake. Greedy generation does
+# not need eps, nor the mask that is only for several tokens after a cache. ACCUMULATION fails so often because it also
+# compares the loss with the twin's.
+ACCUMULATION = "test_gradient_accumulation_changes_nothing"
+WHOLE = ["test_whole_model_and_its_gradient", "test_generation_against_the_twin", ACCUMULATION]
 FAILS = {
-    "break-norm": ["test_rms_norm", "test_whole_model_and_its_gradient", "test_accumulation_changes_nothing"],
+    "break-norm": ["test_rms_norm", "test_whole_model_and_its_gradient", ACCUMULATION],
     "break-rotary": ["test_rotary_embedding", *WHOLE],
     "break-heads": ["test_grouped_query_attention", *WHOLE],
     "break-mask": ["test_grouped_query_attention", "test_cache_equals_no_cache"],
-    "break-shift": ["test_whole_model_and_its_gradient", "test_accumulation_changes_nothing"],
-    "break-mean": ["test_accumulation_changes_nothing"],
+    "break-shift": ["test_whole_model_and_its_gradient", ACCUMULATION],
+    "break-mean": [ACCUMULATION],
 }
 
 

@@ -18,7 +18,7 @@ import danube3, campaign
 def in_place(folder):  # as atomic_folder, but under its last name from the beginning
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
-    danube3.write_digests(folder)
+    danube3.write_checksums(folder)
 
 world = campaign.World.__init__
 def broken(self, *args):

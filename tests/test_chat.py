@@ -1,8 +1,7 @@
-"""Chat: conversations as batches, LoRA, fp16, talking; against transformers, peft and NumPy."""
+"""Fine-tuning on conversations, LoRA, fp16, chat; against transformers, peft and NumPy."""
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -46,9 +45,32 @@ def write_jsonl(path, items):
     return path
 
 
-def rows_of(path, tokenizer, context, fold_system=False):
-    """A file of conversations as train.py takes it: read, then made rows of. -> rows, summary"""
-    return danube3.render_conversations(read_conversations(path, fold_system), tokenizer, context, path)
+def encode_file(path, tokenizer, context, fold_system=False):
+    """A file of conversations as train.py reads and encodes it. -> sequences [2, T], summary"""
+    data = types.SimpleNamespace()
+    conversations = read_conversations(path, fold_system)
+    return danube3.ChatData.encode(data, conversations, tokenizer, context), data.summary
+
+
+def chat_data_of(lengths, config, epochs, monkeypatch):
+    """ChatData whose training sequences have these lengths; those held out have two tokens."""
+    sequences = [np.zeros((2, length), np.int32) for length in lengths]
+    while len(sequences) - math.ceil(danube3.VALIDATION_SHARE * len(sequences)) < len(lengths):
+        sequences.insert(0, np.zeros((2, 2), np.int32))
+    unsplit = list(sequences)
+    for i, sequence in enumerate(sequences):
+        unsplit[danube3.permuted_index(i, len(sequences), "split")] = sequence
+    monkeypatch.setattr(danube3.ChatData, "encode", lambda *arguments: unsplit)
+    data = danube3.ChatData([], None, 8192, config, epochs)
+    assert [sequence.shape[1] for sequence in data.sequences] == list(lengths)
+    return data
+
+
+def save_adapters(folder, model, base):
+    """Adapters alone, in a folder of their own."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with danube3.atomic_folder(folder) as partial:
+        danube3.write_adapters(partial, model, weights, base)
 
 
 @pytest.fixture
@@ -77,8 +99,8 @@ ADVERSARIAL = (
 )
 
 
-def test_no_user_text_is_ever_a_control_token(tokenizer):
-    """50 texts meant to break out: only our own </s> are control tokens, and every text decodes back to itself."""
+def test_no_user_text_is_ever_a_special_token(tokenizer):
+    """50 texts meant to break out. Only our own </s> are special tokens, and every text decodes back to itself."""
     assert len(ADVERSARIAL) == 50
     for text in ADVERSARIAL:
         ids, labels = danube3.render_chat([{"role": "user", "content": text}], tokenizer, add_generation_prompt=True)
@@ -87,123 +109,132 @@ def test_no_user_text_is_ever_a_control_token(tokenizer):
         body = ids[: -len(answer) - 1]
         spelt = text.replace("\u2581", " ")  # sentencepiece writes a space as this sign, and reads it as one
         assert not {0, 1, 2} & set(body) and tokenizer.decode(body) == "<|prompt|>" + spelt, repr(text[:40])
-        assert set(labels) == {danube3.IGNORE}
+        assert set(labels) == {danube3.IGNORE_INDEX}
 
 
 def test_loss_and_gradients_equal_transformers(tokenizer, tmp_path, chat_file):
-    """Eight conversations of uneven length: in one batch, in 4 accumulated ones and one by one, to 1e-5."""
-    rows, _ = rows_of(chat_file, tokenizer, 256)
+    """Eight conversations of uneven length: in one batch, accumulated over micro-batches and one by one, to 1e-5."""
+    sequences, _ = encode_file(chat_file, tokenizer, 256)
     config = dataclasses.replace(TINY, max_position_embeddings=256)
-    input_ids, labels = danube3.pad_rows(rows[:8])
-    assert len(set(map(lambda row: row.shape[1], rows[:8]))) > 3
+    input_ids, labels = danube3.pad_sequences(sequences[:8])
+    lengths = sorted((sequence.shape[1] for sequence in sequences[:8]), reverse=True)
+    assert len(set(lengths)) > 3
     model = random_model(config)
     theirs = transformers_model(config, model.state_dict(), pad_token_id=None)
-    attention_mask = torch.tensor([[i < row.shape[1] for i in range(input_ids.shape[1])] for row in rows[:8]]).long()
+    attention_mask = torch.tensor([[i < length for i in range(input_ids.shape[1])] for length in lengths]).long()
     out = theirs(input_ids=input_ids, labels=labels, attention_mask=attention_mask)
     out.loss.backward()
     gradients = dict(theirs.named_parameters())
-    recipe = dataclasses.replace(danube3.RECIPES["toy"], grad_clip=1e9)
-    for size in (8, 4, 2, 1):
+    for size in (8, 4, 3, 2, 1):
         kept = {}
         optimizer = types.SimpleNamespace(  # keeps the gradients instead of using them
             param_groups=[],
             step=lambda kept=kept: kept.update({n: p.grad.clone() for n, p in model.named_parameters()}),
-            zero_grad=lambda set_to_none: model.zero_grad(),
+            zero_grad=lambda set_to_none=True: model.zero_grad(),
         )
-        recipe = dataclasses.replace(recipe, sequence_length=64, tokens_per_step=512, micro_batch_size=size)
-        loss, _ = danube3.train_step(model, optimizer, input_ids, labels, recipe, 0)
+        training = danube3.TrainConfig(batch_size=8, micro_batch_size=size, learning_rate=1.0, grad_clip=1e9)
+        loss, _ = danube3.train_step(model, optimizer, input_ids, labels, training, 1.0)
         assert loss == pytest.approx(out.loss.item(), abs=1e-5)
         scale = max(p.grad.abs().max() for p in gradients.values())
+        assert kept.keys() == gradients.keys()
         for name, gradient in kept.items():
             assert (gradient - gradients[name].grad).abs().max() < 1e-5 * max(1, scale), name
 
 
-def test_what_follows_the_last_label_is_not_computed(tokenizer):
-    """Micro-batches end where their last label does; what the padding holds changes nothing."""
-    rows = [np.array([[5] * n, [danube3.IGNORE] * (n - m) + [5] * m]) for n, m in [(9, 3), (4, 1), (6, 2)]]
-    ids, labels = danube3.pad_rows([*rows, np.array([[5] * 7, [danube3.IGNORE] * 7])])
-    assert danube3.used_lengths(labels).tolist() == [9, 4, 6, 0]
+def test_what_follows_the_last_target_is_not_computed(tokenizer):
+    """Micro-batches end where their last target does. The ids of the padding change nothing."""
+    ignored = danube3.IGNORE_INDEX
+    sequences = [np.array([[5] * n, [ignored] * (n - m) + [5] * m]) for n, m in [(9, 3), (4, 1), (6, 2), (7, 0)]]
+    ids, labels = danube3.pad_sequences(sequences)  # the longest first: 9, 7, 6, 4
+    assert danube3.sequence_lengths(labels).tolist() == [9, 0, 6, 4]
     cpu = torch.device("cpu")
-    assert [tuple(a.shape) for a, _ in danube3.micro_batches(ids, labels, 1, cpu)] == [(1, 9), (1, 4), (1, 6), (1, 1)]
+    assert [tuple(a.shape) for a, _ in danube3.micro_batches(ids, labels, 1, cpu)] == [(1, 9), (1, 1), (1, 6), (1, 4)]
     assert [tuple(b.shape) for _, b in danube3.micro_batches(ids, labels, 2, cpu)] == [(2, 9), (2, 6)]
     model, noise = random_model(TINY), torch.randint(0, 330, ids.shape)
-    padding = torch.arange(9) >= torch.tensor([9, 4, 6, 7])[:, None]
+    padding = torch.arange(9) >= torch.tensor([9, 7, 6, 4])[:, None]
     other = torch.where(padding, noise, ids)
     assert model(ids, labels).item() == pytest.approx(model(other, labels).item(), rel=1e-6)
-    assert danube3.mean_loss(model, ids, labels, 1) == pytest.approx(model(ids, labels).item() / 6, rel=1e-5)
+    assert danube3.evaluate_loss(model, ids, labels, 1) == pytest.approx(model(ids, labels).item() / 6, rel=1e-5)
 
 
 def test_batches_of_conversations(tokenizer, chat_file):
-    """Each epoch takes every conversation once in an order of its own; the held-out ones never come."""
-    config = dataclasses.replace(TINY, max_position_embeddings=256)
-    data = danube3.ChatData(read_conversations(chat_file), tokenizer, config, 3, 5)
-    recipe = data.recipe
-    assert len(data.rows) == 38 and len(data.held_out) == 2 and recipe.rows_per_step == 5
-    assert recipe.stage_ends == [8, 16, 23] and [s.name for s in recipe.stages] == [
-        "epoch 1",
-        "epoch 2",
-        "epoch 3",
-    ]
+    """Each epoch takes every conversation once, in an order of its own. Those held out never come."""
+    config = danube3.TrainConfig(batch_size=5, micro_batch_size=5, learning_rate=1.0)
+    data = danube3.ChatData(read_conversations(chat_file), tokenizer, 256, config, 3)
+    assert len(data.sequences) == 38 and len(data.held_out) == 2 and data.config.batch_size == 5
+    stages = [data.stage(step) for step in range(data.total_steps)]
+    assert stages == ["epoch 1"] * 8 + ["epoch 2"] * 8 + ["epoch 3"] * 7
 
     def key(row):
         return tuple(row[: len(row) - next((i for i, x in enumerate(reversed(row)) if x), 0)])
 
-    keys = {key(row[0].tolist()) for row in data.rows}
-    assert len(keys) == 38 and not keys & {key(row[0].tolist()) for row in data.held_out}
+    keys = {key(sequence[0].tolist()) for sequence in data.sequences}
+    held_out = {key(sequence[0].tolist()) for sequence in data.held_out}
+    assert len(keys) == 38 and not keys & held_out
+    assert {key(row) for row in data.validation()["chat"][0].tolist()} == held_out
     order = []
     for step in range(22):
         input_ids, labels = data.batch(step)
         assert all(torch.equal(a, b) for a, b in zip((input_ids, labels), data.batch(step)))
-        lengths = danube3.used_lengths(labels).tolist()
+        lengths = danube3.sequence_lengths(labels).tolist()
         assert lengths == sorted(lengths, reverse=True) and input_ids.shape == labels.shape == (5, lengths[0])
+        for rank in range(5):  # processes divide the same batch
+            own_ids, own_labels = data.batch(step, rank, 5)
+            assert torch.equal(own_ids, input_ids[rank::5]) and torch.equal(own_labels, labels[rank::5])
         order += [key(row) for row in input_ids.tolist()]
     firsts, seconds = order[:35], order[40:75]
     assert len(set(firsts)) == 35 and len(set(seconds)) == 35 and firsts != seconds
     assert set(order) == keys
 
 
-def test_the_recipe_of_a_chat_run():
-    """Adapters of 500m learn at 1e-4, all its weights at a tenth; a micro-batch holds 8,192 tokens or one row."""
+def test_the_training_config_of_a_chat_run(monkeypatch):
+    """Adapters of 500m learn at 1e-4, full fine-tuning at 1e-5. A micro-batch has 8,192 tokens or one sequence."""
+    config = danube3.sft_config(danube3.CONFIGS["500m"])
+    assert danube3.sft_config(danube3.CONFIGS["500m"], lora=True).learning_rate == pytest.approx(1e-4)
+    assert config.learning_rate == pytest.approx(1e-5) and config.batch_size == 16
+    assert danube3.sft_config(danube3.CONFIGS["toy"]).learning_rate == pytest.approx(1.2e-4)
+    sizes = {(100, 16): 16, (1024, 16): 8, (1025, 16): 7, (8192, 16): 1, (9000, 6): 1, (2000, 6): 4}
+    for (length, batch_size), micro_batch_size in sizes.items():
+        changed = dataclasses.replace(config, batch_size=batch_size)
+        data = chat_data_of([length] * 100, changed, 1, monkeypatch)
+        assert (data.config.batch_size, data.config.micro_batch_size) == (batch_size, micro_batch_size)
 
-    def recipe(length, batch, lora=False, config=danube3.CONFIGS["500m"]):
-        return danube3.chat_recipe(config, [np.zeros((2, length), int)] * 100, 1, batch, lora)
 
-    assert recipe(100, 16, True).learning_rate == pytest.approx(1e-4)
-    assert recipe(100, 16).learning_rate == pytest.approx(1e-5)
-    assert recipe(100, 16, config=danube3.CONFIGS["toy"]).learning_rate == pytest.approx(1.2e-4)
-    sizes = {(100, 16): 16, (1024, 16): 8, (1025, 16): 4, (8192, 16): 1, (9000, 6): 1, (2000, 6): 3}
-    assert {key: recipe(*key).micro_batch_size for key in sizes} == sizes
+@pytest.mark.parametrize("conversations, batch_size", [(100, 1), (100, 4), (3, 16)])
+def test_a_micro_batch_is_part_of_the_batch(conversations, batch_size, monkeypatch):
+    """Otherwise the plan counts activations of sequences that never are in memory."""
+    config = dataclasses.replace(danube3.sft_config(TINY), batch_size=batch_size)
+    data = chat_data_of([100] * conversations, config, 1, monkeypatch)
+    assert data.config.batch_size == min(batch_size, conversations)
+    assert data.config.micro_batch_size <= data.config.batch_size
 
 
-def test_long_conversations_are_cut_between_turns(tokenizer, tmp_path):
-    """Cut behind the last answer that fits; left out where none does; both counted."""
+def test_long_conversations_are_cut_after_an_answer(tokenizer, tmp_path):
+    """Cut after the last answer that fits; left out where none fits. The summary counts both."""
     long = messages_of([("Where?", "Here."), ("And then?", "word " * 60)])
     hopeless = messages_of([("word " * 60, "Yes.")])
     unanswered = [{"role": "user", "content": "Hello?"}]
     talks = [messages_of(TALKS[0]), long, hopeless, unanswered, messages_of(TALKS[0]) + unanswered]
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": messages} for messages in talks])
-    rows, summary = rows_of(path, tokenizer, 60)
+    sequences, summary = encode_file(path, tokenizer, 60)
     whole, cut = (danube3.render_chat(messages, tokenizer) for messages in (talks[0], long[:2]))
-    assert [row.tolist() for row in rows] == [list(whole), list(cut), list(whole)]
-    tokens, labelled = sum(row.shape[1] for row in rows), sum((row[1] != danube3.IGNORE).sum() for row in rows)
-    assert summary.startswith(
-        f"3 conversations, {tokens} tokens, {labelled} of them in answers; 1 cut to 60 tokens, 2 left"
-    )
+    assert [sequence.tolist() for sequence in sequences] == [list(whole), list(cut), list(whole)]
+    assert summary.startswith("3 conversations have an answer within 60 tokens; ")
     exact = len(whole[0])
-    assert len(rows_of(path, tokenizer, exact)[0]) >= 2
+    assert len(encode_file(path, tokenizer, exact)[0]) >= 2
     one = write_jsonl(tmp_path / "one.jsonl", [{"messages": talks[0]}])
-    with pytest.raises(danube3.DanubeError, match="no answer ends within"):
-        rows_of(one, tokenizer, exact - 1)
+    assert encode_file(one, tokenizer, exact - 1)[0] == []
 
 
 def test_system_messages(tokenizer, tmp_path):
+    """Refused, or put in front of the first user message."""
     system = {"role": "system", "content": "Be brief."}
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [system, *messages_of(TALKS[0])]}])
     with pytest.raises(danube3.DanubeError, match="System role not supported.*--system fold"):
-        rows_of(path, tokenizer, 256)
-    rows, _ = rows_of(path, tokenizer, 256, fold_system=True)
+        encode_file(path, tokenizer, 256)
+    sequences, _ = encode_file(path, tokenizer, 256, fold_system=True)
     folded = messages_of([("Be brief.\n\nWhere does Ada live?", "Ada lives in Marrow.")])
-    assert rows[0].tolist() == list(danube3.render_chat(folded, tokenizer))
+    assert sequences[0].tolist() == list(danube3.render_chat(folded, tokenizer))
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
@@ -215,6 +246,7 @@ def with_random_b(model):
 
 
 def test_lora_starts_as_the_base_and_trains_adapters_only():
+    """The first step changes the adapters and no other weight. A seed decides how lora_A starts."""
     base, ids = random_model(TINY), torch.randint(0, 330, (2, 9))
     model = danube3.add_lora(random_model(TINY), 3, 0)
     assert torch.equal(model(ids), base(ids))
@@ -226,10 +258,10 @@ def test_lora_starts_as_the_base_and_trains_adapters_only():
         for name in (f"{n}_proj" for n in names)
         for half in "AB"
     }
-    recipe = dataclasses.replace(danube3.RECIPES["toy"], micro_batch_size=2)
-    optimizer = danube3.make_optimizer(model, recipe)
+    config = danube3.TrainConfig(batch_size=2, micro_batch_size=2, learning_rate=1e-3)
+    optimizer = danube3.make_optimizer(model, config)
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == sum(trained.values())
-    danube3.train_step(model, optimizer, ids, ids, recipe, 0)
+    danube3.train_step(model, optimizer, ids, ids, config, 1e-3)
     after = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(after[name], p) for name, p in base.named_parameters())
     assert not torch.equal(model(ids), base(ids))
@@ -240,7 +272,7 @@ def test_lora_starts_as_the_base_and_trains_adapters_only():
 
 @pytest.mark.parametrize("rank", [1, 4])
 def test_lora_is_its_twin(rank):
-    """Forward and all gradients against NumPy, with alpha 16; merged, the same outputs."""
+    """Output and all gradients equal NumPy's, with alpha 16."""
     linear = torch.nn.Linear(10, 7, bias=False, dtype=torch.float64)
     lora = danube3.LoRALinear(linear, rank).double()
     for p in lora.parameters():
@@ -257,6 +289,7 @@ def test_lora_is_its_twin(rank):
 
 
 def test_merging_changes_nothing_but_the_form():
+    """The same outputs, from ordinary linear layers. A model without adapters stays as it is."""
     ids = torch.randint(0, 330, (2, 9))
     model = with_random_b(danube3.add_lora(random_model(TINY, dtype=torch.float64), 3, 0).double())
     logits = model(ids)
@@ -267,13 +300,14 @@ def test_merging_changes_nothing_but_the_form():
     assert torch.equal(danube3.merge_lora(plain)(ids), random_model(TINY)(ids))
 
 
-def test_peft_opens_our_adapters_and_we_open_its(base, tokenizer, tmp_path):
+def test_peft_opens_our_adapters_and_we_open_its(base, tmp_path):
+    """With other rank, alpha and layers than ours too. Adapters that also change the base are refused."""
     import peft
     from transformers import AutoModelForCausalLM
 
     ids = torch.randint(0, 330, (2, 9))
     model = with_random_b(danube3.add_lora(random_model(TINY), 4, 0))
-    danube3.save_adapter(tmp_path / "adapter", model, tokenizer, base=base)
+    save_adapters(tmp_path / "adapter", model, base)
     assert sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir()) < 30_000
     again, _ = danube3.load_checkpoint(tmp_path / "adapter")
     assert torch.equal(again(ids), model(ids))
@@ -289,31 +323,32 @@ def test_peft_opens_our_adapters_and_we_open_its(base, tokenizer, tmp_path):
     ours, _ = danube3.load_checkpoint(tmp_path / "theirs")
     torch.testing.assert_close(ours(ids), made(ids).logits, rtol=1e-4, atol=1e-4)
 
-    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa")  # which changes the base too
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa")  # changes the base too
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "pissa")
-    with pytest.raises(danube3.DanubeError, match="no plain LoRA, for init_lora_weights"):
+    with pytest.raises(danube3.DanubeError, match=r"not plain LoRA \(.*init_lora_weights\)"):
         danube3.load_checkpoint(tmp_path / "pissa")
-    danube3.save_adapter(tmp_path / "upon", model, tokenizer, base=tmp_path / "adapter")
-    with pytest.raises(danube3.DanubeError, match="which holds adapters itself: merge those first"):
+    save_adapters(tmp_path / "upon", model, tmp_path / "adapter")
+    with pytest.raises(danube3.DanubeError, match="holds adapters to .*: put that checkpoint there"):
         danube3.load_checkpoint(tmp_path / "upon")
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"use_dora": True}, "no plain LoRA, for use_dora"),
-        ({"peft_type": "IA3"}, "no plain LoRA"),
-        ({"r": "x"}, "no plain LoRA"),
-        ({"r": 5}, "does not fit"),
-        ({"r": True}, "no plain LoRA"),
-        ({"lora_alpha": "16"}, "no plain LoRA"),
-        ({"lora_alpha": math.nan}, "no plain LoRA"),
-        ({"base_model_name_or_path": "/nowhere"}, "adapters to /nowhere, which is no folder here"),
+        ({"use_dora": True}, r"adapter_config.json is not plain LoRA \(use_dora\)"),
+        ({"peft_type": "IA3"}, r"adapter_config.json is not plain LoRA \(peft_type"),
+        ({"r": "x"}, r"adapter_config\.json.*\b(r|lora_alpha)\b"),
+        ({"r": 5}, "size mismatch.*copy it again"),
+        ({"r": True}, r"adapter_config\.json.*\b(r|lora_alpha)\b"),
+        ({"lora_alpha": "16"}, r"adapter_config\.json.*\b(r|lora_alpha)\b"),
+        ({"lora_alpha": math.nan}, r"adapter_config\.json.*\b(r|lora_alpha)\b"),
+        ({"base_model_name_or_path": "/nowhere"}, "adapters to /nowhere: put that checkpoint there"),
         ({"base_model_name_or_path": None}, "adapters to None"),
     ],
 )
-def test_adapters_that_cannot_be_used(change, words, base, tokenizer, tmp_path):
-    danube3.save_adapter(tmp_path / "a", danube3.add_lora(random_model(TINY), 4, 0), tokenizer, base=base)
+def test_adapters_that_cannot_be_used(change, words, base, tmp_path):
+    """The message names the file that is wrong."""
+    save_adapters(tmp_path / "a", danube3.add_lora(random_model(TINY), 4, 0), base)
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     (tmp_path / "a" / "SHA256SUMS").unlink()
@@ -323,13 +358,14 @@ def test_adapters_that_cannot_be_used(change, words, base, tokenizer, tmp_path):
 
 # -------------------------------------------------------------------------------------------------- runs, fp16, resume
 def start(out, base, tokenizer, chat_file, lora, resume=False):
+    """A run of two epochs, ten steps."""
     model, _ = danube3.load_checkpoint(base)
-    data = danube3.ChatData(read_conversations(chat_file), tokenizer, model.config, 2, 8, bool(lora))
-    data.recipe = dataclasses.replace(data.recipe, save_every=3)
+    config = dataclasses.replace(danube3.sft_config(model.config, bool(lora)), batch_size=8, save_every=3)
+    context = model.config.max_position_embeddings
+    data = danube3.ChatData(read_conversations(chat_file), tokenizer, context, config, 2)
     if lora:
         danube3.add_lora(model, lora, 0)
-    write = functools.partial(danube3.save_adapter, base=base) if lora else danube3.save_checkpoint
-    return danube3.Run(out, model.train(), tokenizer, data, resume, base, write)
+    return danube3.Trainer(out, model, tokenizer, data, resume, base)
 
 
 @pytest.fixture
@@ -344,9 +380,11 @@ def long_base(tmp_path, tokenizer):
     "lora, dtype, bits",
     [(0, "float32", 0), (2, "float32", 0), (2, "bfloat16", 0), (0, "float16", 0), (2, "float16", 0), (2, "float32", 8)],
 )
-def test_resume_to_the_bit(lora, dtype, bits, long_base, tokenizer, chat_file, tmp_path, monkeypatch):
-    """A chat run that dies after step 6 of 10 and goes on ends as one that did not, adapters, loss scale, and adapters
-    over codes too."""
+def test_resume_bit_for_bit(lora, dtype, bits, long_base, tokenizer, chat_file, tmp_path, monkeypatch):
+    """A run that dies after step 6 of 10 and is resumed ends like one that did not.
+
+    With all weights or adapters, over a quantized base too, with its loss scale.
+    """
     if bits:
         wide = dataclasses.replace(danube3.read_config(long_base), hidden_size=64, intermediate_size=96, head_dim=16)
         danube3.save_checkpoint(tmp_path / "wide", random_model(wide), tokenizer)
@@ -355,14 +393,21 @@ def test_resume_to_the_bit(lora, dtype, bits, long_base, tokenizer, chat_file, t
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
     whole = start(tmp_path / "whole", long_base, tokenizer, chat_file, lora)
     assert whole.scaler.is_enabled() == (dtype == torch.float16)
-    assert danube3.train(whole) and whole.step == 10
+    assert danube3.train(whole, 1e12) and whole.step == 10
     broken = start(tmp_path / "broken", long_base, tokenizer, chat_file, lora)
-    monkeypatch.setattr(broken, "save", lambda: broken.step < 7 and danube3.Run.save(broken))
-    danube3.train(broken)
-    saved = torch.load(danube3.find_checkpoint(tmp_path / "broken") / "trainer.pt", weights_only=True)
-    assert not lora or set(saved["master_weights"]) == set(broken.trained_weights())
+    save = danube3.save_training
+    with monkeypatch.context() as patch:
+        patch.setattr(danube3, "save_training", lambda run: run.step < 7 and save(run))
+        danube3.train(broken, 1e12)
+    folder = danube3.find_checkpoint(tmp_path / "broken")
+    saved = {name for name, _ in danube3.read_tensors(folder / "training_state.safetensors")}
+    trainable = {name for name, p in broken.model.named_parameters() if p.requires_grad}
+    master = trainable if lora or dtype != torch.float32 else set()  # model.safetensors has them otherwise
+    assert saved == {f"weights.{name}" for name in master} | {
+        f"{moment}.{name}" for name in trainable for moment in ("step", "exp_avg", "exp_avg_sq")
+    }
     resumed = start(tmp_path / "broken", long_base, tokenizer, chat_file, lora, resume=True)
-    assert resumed.step == 6 and danube3.train(resumed)
+    assert resumed.step == 6 and danube3.train(resumed, 1e12)
     assert resumed.tokens == whole.tokens and resumed.scaler.state_dict() == whole.scaler.state_dict()
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(a, b), name
@@ -372,25 +417,37 @@ def test_resume_to_the_bit(lora, dtype, bits, long_base, tokenizer, chat_file, t
     assert [e["step"] for e in lines if "val_loss" in e] == [0, 3, 5, 6, 9, 10]
     skipped = [e["step"] for e in lines if "loss" in e and e["loss"] is None]
     assert len(skipped) < 4 and (not skipped or dtype == torch.float16)  # until the loss scale is small enough
-    assert lines[-1]["tokens"] == whole.tokens < whole.data.recipe.total_steps * whole.data.recipe.tokens_per_step
+    assert lines[-1]["tokens"] == whole.tokens < whole.data.total_steps * whole.config.tokens_per_step
+
+
+@pytest.mark.parametrize("before, now", [(2, 3), (1, 3), (3, 1), (0, 2), (2, 0)])
+def test_resume_with_another_rank(before, now, long_base, tokenizer, chat_file, tmp_path):
+    """Adapters of another rank, or none, are another run. (Copying rank 1 into rank 3 would succeed.)"""
+    run_ = start(tmp_path / "out", long_base, tokenizer, chat_file, before)
+    danube3.save_training(run_)
+    run_.resources.close()
+    with pytest.raises(danube3.DanubeError, match="was made with another .*choose another --out"):
+        start(tmp_path / "out", long_base, tokenizer, chat_file, now, resume=True)
 
 
 def test_fp16_follows_fp32(long_base, tokenizer, chat_file, tmp_path, monkeypatch):
-    """The same losses to the precision of fp16; a scale that is too large is halved, and the weights stay."""
+    """The same losses to the precision of fp16. A loss scale that is too large is halved, and the weights stay."""
     losses = {}
     for dtype in (torch.float32, torch.float16):
         monkeypatch.setattr(danube3, "compute_dtype", lambda device, dtype=dtype: dtype)
         run_ = start(tmp_path / str(dtype), long_base, tokenizer, chat_file, 0)
-        args = run_.data.batch(0)
-        losses[dtype] = [
-            danube3.train_step(run_.model, run_.optimizer, *args, run_.data.recipe, step, run_.scaler)[0]
-            for step in range(4)
-        ]
+        run_.resources.close()
+        input_ids, labels = run_.data.batch(0)
+        losses[dtype] = []
+        for step in range(4):
+            lr = danube3.learning_rate(step, run_.data.total_steps, run_.config)
+            loss, _ = danube3.train_step(run_.model, run_.optimizer, input_ids, labels, run_.config, lr, run_.scaler)
+            losses[dtype].append(loss)
     assert losses[torch.float16] == pytest.approx(losses[torch.float32], rel=5e-3)
     assert losses[torch.float16] != losses[torch.float32]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = [p.clone() for p in run_.model.parameters()]
-    _, norm = danube3.train_step(run_.model, run_.optimizer, *args, run_.data.recipe, 0, scaler)
+    _, norm = danube3.train_step(run_.model, run_.optimizer, input_ids, labels, run_.config, 1.0, scaler)
     assert not np.isfinite(norm) and scaler.get_scale() == 2.0**39
     assert all(torch.equal(a, b) for a, b in zip(before, run_.model.parameters()))
 
@@ -398,7 +455,7 @@ def test_fp16_follows_fp32(long_base, tokenizer, chat_file, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
 )
-def test_compute_type_of_a_gpu(capability, dtype, monkeypatch):
+def test_compute_dtype_of_a_gpu(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert danube3.compute_dtype(torch.device("cuda")) == dtype
     assert danube3.compute_dtype(torch.device("cpu")) == danube3.compute_dtype(torch.device("mps")) == torch.float32
@@ -407,18 +464,18 @@ def test_compute_type_of_a_gpu(capability, dtype, monkeypatch):
 def test_adapters_know_their_base(long_base, tokenizer, tmp_path):
     """Another model under the name of the base is noticed."""
     model, _ = danube3.load_checkpoint(long_base)
-    danube3.save_adapter(tmp_path / "adapter", danube3.add_lora(model, 2, 0), tokenizer, base=long_base)
+    save_adapters(tmp_path / "adapter", danube3.add_lora(model, 2, 0), long_base)
     danube3.load_checkpoint(tmp_path / "adapter")
     shutil.rmtree(long_base)
     danube3.save_checkpoint(long_base, random_model(model.config, seed=5), tokenizer)
-    with pytest.raises(danube3.DanubeError, match="other weights are there now"):
+    with pytest.raises(danube3.DanubeError, match="to other weights than those in .*put the old ones back"):
         danube3.load_checkpoint(tmp_path / "adapter")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lora_over_half_precision_to_the_end(dtype, long_base, chat_file, tmp_path, monkeypatch):
-    """The whole command as on a GPU: train, merge, answer the quiz; the merged model in the base's own precision."""
+    """The whole command as on a GPU: train, merge, answer the quiz. The merged model has the type of the base."""
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
     write_jsonl(tmp_path / "chat-quiz.jsonl", [{"messages": messages_of(TALKS[0])[:1], "answer": "Marrow"}])
     flags = ("--chat", chat_file, "--init", long_base, "--lora", 2, "--merge", tmp_path / "merged", "--batch-size", 1)
@@ -432,21 +489,21 @@ def test_lora_over_half_precision_to_the_end(dtype, long_base, chat_file, tmp_pa
     torch.testing.assert_close(merged(ids), adapted(ids), rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_base_keeps_an_fp32_stream(tokenizer):
-    """Adapters over a bf16 base: matrices bf16, everything between them fp32."""
+def test_half_precision_base_has_an_fp32_residual_stream():
+    """Adapters on a bf16 base: weight matrices are bf16, the hidden states between them fp32."""
     model = danube3.add_lora(random_model(TINY, dtype=torch.bfloat16), 2, 0)
     assert model.dtype == model.model.norm.weight.dtype == torch.float32
     assert model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
-def test_adapters_over_a_bf16_folder(tokenizer, tmp_path):
-    """Opened to speak, not to train, all is bf16: the stream, the corrections, the matrices that they are added to."""
+def test_adapters_on_a_bf16_folder(tokenizer, tmp_path):
+    """Opened for inference, everything is bf16: residual stream, low-rank updates, weight matrices."""
     danube3.save_checkpoint(tmp_path / "base", random_model(TINY), tokenizer, dtype=torch.bfloat16)
     adapted = danube3.add_lora(danube3.load_checkpoint(tmp_path / "base")[0], 2, 0)
-    for linear in danube3.layer_linears(adapted).values():
+    for linear in danube3.decoder_linears(adapted).values():
         torch.nn.init.normal_(linear.lora_B.weight, std=0.1)
-    danube3.save_adapter(tmp_path / "adapters", adapted, tokenizer, base=tmp_path / "base")
+    save_adapters(tmp_path / "adapters", adapted, tmp_path / "base")
     opened, _ = danube3.load_checkpoint(tmp_path / "adapters")
     merged = danube3.merge_lora(danube3.load_checkpoint(tmp_path / "adapters")[0])
     assert opened.dtype == torch.bfloat16 and {p.dtype for p in merged.parameters()} == {torch.bfloat16}
@@ -459,7 +516,7 @@ def test_adapters_over_a_bf16_folder(tokenizer, tmp_path):
 
 @pytest.mark.slow
 def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
-    """Base, LoRA, merge, talk and quiz, with the smallest budgets, as the README has them."""
+    """Base, full fine-tuning, LoRA, merge and quiz, with the smallest budgets, as the README has them."""
     assert call("train.py", "--data", toy_data, "--tokens", "4096", "--out", tmp_path / "toy").returncode == 0
     lines = (toy_data / "chat.jsonl").read_text().splitlines(keepends=True)[:50]
     (tmp_path / "chat.jsonl").write_text("".join(lines))
@@ -467,16 +524,19 @@ def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     common = ("train.py", "--chat", tmp_path / "chat.jsonl", "--init", tmp_path / "toy")
     result = call(*common, "--out", tmp_path / "full")
     assert result.returncode == 0, result.stderr
-    assert re.search(r"50 conversations, [\d,]+ tokens, [\d,]+ of them in answers; 0 cut", result.stdout)
+    assert re.search(r"50 conversations have an answer within 256 tokens; 0 answers", result.stdout)
     table = r"chat-quiz.jsonl\nquestions +6\nright in turn 1 +[\d.]+\nright in turn 2 +[\d.]+\nended by"
     assert re.search(table, result.stdout)
     again = call(*common, "--out", tmp_path / "full", "--resume")  # nothing left to do
     assert again.returncode == 0 and re.search(r"3/3", again.stderr)
+    longer = call(*common, "--out", tmp_path / "full", "--resume", "--epochs", 2)
+    assert "another data (epochs was 1)" in one_line_error(longer)
     result = call(*common, "--out", tmp_path / "lora", "--lora", 2, "--merge", tmp_path / "merged")
     assert result.returncode == 0, result.stderr
     folder = danube3.find_checkpoint(tmp_path / "lora")
     assert {path.name for path in folder.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "base.sha256", "trainer.pt", "SHA256SUMS"
+        "adapter_config.json", "adapter_model.safetensors", "base.sha256", "training_state.safetensors",
+        "training_state.json", "SHA256SUMS"
     }  # fmt: skip
     ids = torch.randint(0, 1024, (1, 20))
     adapted, merged = (danube3.load_checkpoint(tmp_path / name)[0] for name in ("lora", "merged"))
@@ -484,19 +544,8 @@ def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     assert "right in turn 1" in call("sample.py", tmp_path / "lora", "--eval", tmp_path / "chat-quiz.jsonl").stdout
     other = call(*common, "--out", tmp_path / "lora", "--lora", 3, "--resume")
     assert "choose another --out" in one_line_error(other)
-    assert "is a folder of adapters" in one_line_error(
-        call(
-            "train.py",
-            "--chat",
-            tmp_path / "chat.jsonl",
-            "--init",
-            tmp_path / "lora",
-            "--lora",
-            2,
-            "--out",
-            tmp_path / "x",
-        )
-    )
+    twice = call(*common, "--out", tmp_path / "x", "--lora", 2, "--init", tmp_path / "lora")
+    assert "holds adapters: --lora needs a whole model (--merge writes one)" in one_line_error(twice)
 
 
 @pytest.mark.parametrize(
@@ -541,14 +590,14 @@ def test_conversations_that_cannot_be_read(content, words, long_base, tmp_path):
         (["--epochs", "2"], "--epochs needs --chat"),
         (["--chat", "{chat}", "--init", "{base}", "--merge", "x"], "--merge needs --lora"),
         (["--chat", "{chat}", "--init", "{base}", "--lora", "0"], "no whole number of at least 1"),
-        (["--chat", "{chat}", "--init", "{base}", "--lora", "13"], "rank must be from 1 to 12"),
+        (["--chat", "{chat}", "--init", "{base}", "--lora", "13"], "LoRA rank 13: use 1 to 12"),
         (["--chat", "{chat}", "--init", "{base}", "--epochs", "0"], "at least 1"),
         (["--chat", "{chat}", "--init", "{base}", "--epochs", "101"], "more than 100 teach nothing"),
         (["--chat", "{chat}", "--init", "{base}", "--batch-size", "-2"], "at least 1"),
         (["--chat", "nowhere.jsonl", "--init", "{base}"], "nowhere.jsonl does not exist"),
         (["--chat", "{chat}", "--init", "nowhere"], "nowhere does not exist"),
         (["--init", "{base}", "--data", "{toy}"], "is no toy with the tokenizer of"),
-        (["--chat", "{chat}", "--init", "{base}", "--lora", "2", "--merge", "{out}"], "is where the run itself is"),
+        (["--chat", "{chat}", "--init", "{base}", "--lora", "2", "--merge", "{out}"], "is the run's own --out"),
     ],
 )
 def test_flags_that_make_no_sense(flags, words, long_base, chat_file, toy_data, tmp_path):
@@ -558,31 +607,34 @@ def test_flags_that_make_no_sense(flags, words, long_base, chat_file, toy_data, 
     assert not (tmp_path / "out").exists()
 
 
-def test_chat_recipe_by_hand():
-    """Five conversations, four a step: after 2, 3 and 4 steps all were read once, twice, three times."""
-    rows = [np.zeros((2, length), dtype=int) for length in (100, 60, 3000, 10, 10)]
-    stages = tuple(danube3.Stage(f"epoch {i}", steps * 4 * 3000, {"chat": 1}) for i, steps in ((1, 2), (2, 1), (3, 1)))
+def test_chat_training_by_hand(monkeypatch):
+    """Five conversations, four per step: epochs end within steps 1, 2 and 3."""
+    lengths = [100, 60, 3000, 10, 10]
     for lora, rate in ((True, 1e-4), (False, 1e-5)):
-        assert danube3.chat_recipe(TINY, rows, 3, 4, lora) == danube3.Recipe(
-            stages, 3000, 4 * 3000, 2, rate * 1536 / 40, weight_decay=0.0, warmup_fraction=0.05, save_every=500
+        config = dataclasses.replace(danube3.sft_config(TINY, lora), batch_size=4)
+        data = chat_data_of(lengths, config, 3, monkeypatch)
+        assert data.config == danube3.TrainConfig(
+            4, 2, rate * 1536 / 40, sequence_length=3000, weight_decay=0.0, warmup_fraction=0.05, save_every=500
         )
+        assert data.total_steps == 4
+        assert [data.stage(step) for step in range(4)] == ["epoch 1", "epoch 1", "epoch 2", "epoch 3"]
     for longest, micro_batch_size in ((8192, 1), (4096, 2), (4097, 1), (2048, 4), (9000, 1)):
-        rows[2] = np.zeros((2, longest), dtype=int)
-        assert danube3.chat_recipe(TINY, rows, 1, 4, False).micro_batch_size == micro_batch_size
-    assert danube3.chat_recipe(TINY, rows[3:], 1, 16, False).rows_per_step == 2
+        lengths[2] = longest
+        assert chat_data_of(lengths, config, 1, monkeypatch).config.micro_batch_size == micro_batch_size
+    assert chat_data_of(lengths[3:], danube3.sft_config(TINY), 1, monkeypatch).config.batch_size == 2
 
 
 def test_nothing_to_learn(long_base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "Hello?"}]}] * 3)
     flags = ("--init", long_base, "--out", tmp_path / "out")
-    assert "no conversation has an answer" in one_line_error(call("train.py", "--chat", path, *flags))
+    assert "0 conversations have an answer" in one_line_error(call("train.py", "--chat", path, *flags))
     write_jsonl(path, [{"messages": messages_of(TALKS[0])}])
-    assert "one usable conversation is too few" in one_line_error(call("train.py", "--chat", path, *flags))
+    assert "1 conversations have an answer" in one_line_error(call("train.py", "--chat", path, *flags))
 
 
 @pytest.mark.slow
 def test_warm_start_of_pretraining(toy_data, tmp_path):
-    """--init takes a folder that transformers wrote, of the right size and tokenizer, and begins there."""
+    """--init starts from a folder that transformers wrote, if size and tokenizer are right."""
     config = danube3.CONFIGS["toy"]
     model, tokenizer = random_model(config), danube3.Tokenizer(toy_data / "tokenizer.model")
     danube3.save_checkpoint(tmp_path / "base", model, tokenizer, dtype=torch.bfloat16)
@@ -597,14 +649,14 @@ def test_warm_start_of_pretraining(toy_data, tmp_path):
         lines = (tmp_path / f"from-{init}" / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines if '"loss"' in line])
     assert losses[0] == losses[1] and len(losses[0]) == 2
-    recipe = danube3.RECIPES["toy"].scaled_to(2048)
-    batch = danube3.StagedData(danube3.TokenData(toy_data, config, recipe.sequence_length), recipe).batch(0)
+    training = danube3.TRAIN_CONFIGS["toy"].with_tokens(2048)
+    batch = danube3.StagedData(danube3.TokenData(toy_data, config, training.sequence_length), training).batch(0)
     base = danube3.load_checkpoint(tmp_path / "base", dtype=torch.float32)[0]
-    assert losses[0][0] == pytest.approx(danube3.mean_loss(base, *batch, 8), rel=1e-5)
-    assert abs(losses[0][0] - losses[2][0]) > 0.01  # and a new model begins elsewhere
+    assert losses[0][0] == pytest.approx(danube3.evaluate_loss(base, *batch, 8), rel=1e-5)
+    assert abs(losses[0][0] - losses[2][0]) > 0.01  # a new model starts elsewhere
 
 
-# ------------------------------------------------------------------------------------------------------------- talking
+# ---------------------------------------------------------------------------------------------------------------- chat
 def greedy_answer(model, tokenizer, messages, n=12):
     ids = torch.tensor([danube3.render_chat(messages, tokenizer, add_generation_prompt=True)[0]])
     new = danube3.generate(model, ids, n)[0, ids.shape[1] :].tolist()
@@ -612,62 +664,69 @@ def greedy_answer(model, tokenizer, messages, n=12):
 
 
 def test_the_cache_of_one_answer_serves_the_next(tokenizer, monkeypatch):
-    """Three questions: the ids of each answer are those of a model that reads the whole dialogue anew."""
+    """Three questions: each answer has the ids of a model that reads the whole conversation anew."""
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=200))
-    talk, history = sample.Conversation(model, tokenizer, 6, temperature=0.0), []
-    fed = []
+    session, history = sample.ChatSession(model, tokenizer, 6, temperature=0.0), []
+    read = []
     monkeypatch.setattr(
-        model.model, "forward", lambda ids, cache, f=model.model.forward: (fed.append(ids.shape[1]), f(ids, cache))[1]
+        model.model, "forward", lambda ids, cache, f=model.model.forward: (read.append(ids.shape[1]), f(ids, cache))[1]
     )
     for text in ("Where does Ada live?", "And Brook?", "Thanks"):
-        question, forgotten = talk.make_room(text)
-        pieces = list(talk.answer(question))
+        question, dropped = session.ask(text)
+        pieces = list(session.answer(question))
         history += question
         ids = danube3.generate(model, torch.tensor([history]), 6)[0, len(history) :].tolist()
-        new = talk.exchanges[-1][len(question) :]
-        assert forgotten == 0 and new[: len(ids)] == ids and new[-1] == 2 and len(new) <= 7
-        fed = fed[: -len(ids)]  # those of `generate` do not count
-        assert talk.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
+        new = session.exchanges[-1][len(question) :]
+        assert dropped == 0 and new[: len(ids)] == ids and new[-1] == 2 and len(new) <= 7
+        read = read[: -len(ids)]  # those of `generate` do not count
+        assert session.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
         history += new
-    assert sum(talk.exchanges, []) == history
-    assert sum(fed) < len(history)  # nothing was read twice
+    assert sum(session.exchanges, []) == history
+    assert sum(read) < len(history)  # no token was read twice
 
 
-def test_the_oldest_are_forgotten(tokenizer):
+def test_the_oldest_exchanges_are_dropped(tokenizer):
+    """The rest is answered as by a model that never saw them. A reset forgets everything."""
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=128))
-    talk, dropped = sample.Conversation(model, tokenizer, 10, temperature=0.0), []
+    session, all_dropped = sample.ChatSession(model, tokenizer, 10, temperature=0.0), 0
     for n in range(8):
-        question, forgotten = talk.make_room(f"Where does Ada live now, number {n}?")
-        list(talk.answer(question))
-        dropped.append(forgotten)
-        assert sum(map(len, talk.exchanges)) <= 128 + 1
-    assert sum(dropped) == 8 - len(talk.exchanges) > 0 and len(talk.messages) == 16
-    kept = sum(talk.exchanges[:-1], [])
-    question = talk.exchanges[-1][: -len(talk.exchanges[-1]) + len(question)]
-    fresh = danube3.generate(model, torch.tensor([kept + question]), 10)[0, len(kept + question) :].tolist()
-    assert talk.exchanges[-1][len(question) :][: len(fresh)] == fresh
+        question, dropped = session.ask(f"Where does Ada live now, number {n}?")
+        list(session.answer(question))
+        all_dropped += dropped
+        assert sum(map(len, session.exchanges)) <= 128 + 1
+        prompt = sum(session.exchanges[:-1], []) + question
+        fresh = danube3.generate(model, torch.tensor([prompt]), 10)[0, len(prompt) :].tolist()
+        assert session.exchanges[-1][len(question) :][: len(fresh)] == fresh
+    assert all_dropped == 8 - len(session.exchanges) > 0 and len(session.messages) == 16
     with pytest.raises(danube3.DanubeError, match="shorten it"):
-        talk.make_room("word " * 100)
-    talk.reset()
-    assert (talk.exchanges, talk.messages, talk.kv_cache.length) == ([], [], 0)
+        session.ask("word " * 100)
+    session.reset()
+    assert (session.exchanges, session.messages) == ([], [])
+    answers = []
+    for each in (session, sample.ChatSession(model, tokenizer, 10, temperature=0.0)):
+        question, _ = each.ask("And Brook?")
+        list(each.answer(question))
+        answers.append(each.exchanges)
+    assert answers[0] == answers[1]
 
 
-def test_an_interrupted_answer_stays_in_the_dialogue(tokenizer):
-    """Its end is put in, so that the next question does not continue it."""
-    talk = sample.Conversation(random_model(dataclasses.replace(TINY, eos_token_id=2)), tokenizer, 20, temperature=0.0)
-    question, _ = talk.make_room("x")
-    pieces = talk.answer(question)
+def test_an_interrupted_answer_stays_in_the_conversation(tokenizer):
+    """It gets the </s> that it lacks, so that the next question does not continue it."""
+    session = sample.ChatSession(random_model(TINY), tokenizer, 20, temperature=0.0)
+    question, _ = session.ask("x")
+    pieces = session.answer(question)
     next(pieces), next(pieces)
     pieces.close()
-    assert len(talk.exchanges[0]) == len(question) + 3 and talk.exchanges[0][-1] == 2
-    assert len(talk.messages) == 2
-    question, _ = talk.make_room("y")
-    list(talk.answer(question))
-    assert len(talk.exchanges) == 2
+    assert len(session.exchanges[0]) == len(question) + 3 and session.exchanges[0][-1] == 2
+    assert len(session.messages) == 2 and not session.ended
+    question, _ = session.ask("y")
+    list(session.answer(question))
+    assert len(session.exchanges) == 2
 
 
 @pytest.mark.slow
-def test_talking_through_a_pipe(long_base, tmp_path):
+def test_chat_through_a_pipe(long_base, tmp_path):
+    """Questions, commands and mistakes, one per line. A mistake does not end the program."""
     result = subprocess.run(
         [sys.executable, "sample.py", long_base, "--chat", "--max-new-tokens", "5", "--temperature", "0"],
         input=f"Hello\n\n/save {tmp_path / 'a.jsonl'}\n/reset\nHello\n/save /nowhere/b\n{'word ' * 300}\n/save\n\udcffHello\n",  # noqa: E501
@@ -691,7 +750,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tokenizer, tmp_path):
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=8_192, num_hidden_layers=1))
     for name, weight in model.named_parameters():  # the likeliest token is always "a": no answer ends by itself
         weight.data.fill_(1.0 if name == "model.embed_tokens.weight" or weight.dim() == 1 else 0.0)
-    model.lm_head.weight.data[tokenizer.pieces.piece_to_id("a")] = 1.0
+    model.lm_head.weight.data[tokenizer.sp.piece_to_id("a")] = 1.0
     danube3.save_checkpoint(tmp_path / "long", model, tokenizer)
     command = [sys.executable, "sample.py", str(tmp_path / "long"), "--chat", "--max-new-tokens", "8000"]
     command += ["--temperature", "0"]
@@ -741,13 +800,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tokenizer, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_free_answers_are_those_of_single_prompts(tokenizer):
-    """Batches of equal length change nothing; what ends by itself is said."""
+def test_greedy_answers_are_those_of_single_prompts(tokenizer):
+    """Batches of equal length change nothing. Whether an answer ended with a stop token is reported."""
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=128))
     conversations = [messages_of(talk)[:-1] for talk in TALKS] * 2 + [
         [{"role": "user", "content": s}] for s in SENTENCES
     ]
-    answers = sample.free_answers(model, tokenizer, conversations, 12, batch_size=3)
+    answers = sample.greedy_answers(model, tokenizer, conversations, 12, batch_size=3)
     for messages, (text, ended) in zip(conversations, answers):
         ids, did_end = greedy_answer(model, tokenizer, messages)
         prompt = danube3.render_chat(messages, tokenizer, add_generation_prompt=True)[0]
@@ -763,8 +822,8 @@ def test_free_answers_are_those_of_single_prompts(tokenizer):
     ],
 )
 def test_scores_of_the_chat_quiz(answers, score, tokenizer, tmp_path, monkeypatch):
-    """An answer is right if it holds the entity as whole words."""
-    monkeypatch.setattr(sample, "free_answers", lambda *args: [(text, i > 0) for i, text in enumerate(answers)])
+    """An answer is right if it contains the expected one as whole words."""
+    monkeypatch.setattr(sample, "greedy_answers", lambda *args: [(text, i > 0) for i, text in enumerate(answers)])
     one, two = messages_of(TALKS[0])[:1], messages_of(TALKS[1])[:3]
     items = [{"messages": m, "answer": a} for m, a in ((one, "Oxley"), (one, "the horn"), (two, "the horn"))]
     path = write_jsonl(tmp_path / "quiz.jsonl", items)
@@ -773,26 +832,29 @@ def test_scores_of_the_chat_quiz(answers, score, tokenizer, tmp_path, monkeypatc
         "questions": 3, "right in turn 1": score[0], "right in turn 2": score[1], "ended by themselves": 2 / 3
     }  # fmt: skip
     write_jsonl(path, [{"messages": one}])
-    with pytest.raises(danube3.DanubeError, match='question 1 must have an "answer" that is text'):
+    with pytest.raises(danube3.DanubeError, match='quiz.jsonl: question 1: its "answer" must be text'):
         sample.evaluate(random_model(TINY), tokenizer, path)
     write_jsonl(path, [{"messages": messages_of(TALKS[0]), "answer": "x"}])
-    with pytest.raises(danube3.DanubeError, match="question 1 must end with the user"):
+    with pytest.raises(danube3.DanubeError, match="quiz.jsonl: question 1: it must end with the user"):
         sample.evaluate(random_model(TINY), tokenizer, path)
 
 
 def test_help_names_every_flag_of_chat():
+    """Defaults are shown where there are any."""
     text = run("train.py", "--help").stdout
-    assert all(
-        flag in text for flag in ("--chat", "--init", "--lora", "--merge", "--system", "--epochs", "--batch-size")
-    )
+    flags = ("--chat", "--init", "--lora", "--merge", "--system", "--epochs", "--batch-size")
+    assert all(flag in text for flag in flags) and "(default: auto)" in text and "default: None" not in text
 
 
 @pytest.mark.parametrize("conversations, batch_size, epochs", [(17, 16, 10), (17, 16, 1), (40, 8, 3), (5, 16, 4)])
-def test_epochs_read_each_conversation_so_often(conversations, batch_size, epochs, tokenizer):
-    """Rounded up to whole steps once, not once an epoch."""
-    rows = [np.zeros((2, 3 + n % 5), dtype=np.int64) for n in range(conversations)]
-    recipe = danube3.chat_recipe(TINY, rows, epochs, batch_size, lora=False)
-    read = recipe.total_steps * recipe.rows_per_step
-    assert 0 <= read - epochs * conversations < recipe.rows_per_step
-    ends = [math.ceil((i + 1) * conversations / recipe.rows_per_step) for i in range(epochs)]
-    assert recipe.stage_ends == ends and recipe.stages[-1].name == f"epoch {epochs}"
+def test_how_often_epochs_read_each_conversation(conversations, batch_size, epochs, monkeypatch):
+    """The whole run is rounded up to full steps, not each epoch."""
+    config = danube3.TrainConfig(batch_size=batch_size, micro_batch_size=batch_size, learning_rate=1.0)
+    data = chat_data_of([3 + n % 5 for n in range(conversations)], config, epochs, monkeypatch)
+    size = data.config.batch_size
+    assert size == min(batch_size, conversations)
+    assert 0 <= data.total_steps * size - epochs * conversations < size
+    stages = [data.stage(step) for step in range(data.total_steps)]
+    for epoch in range(1, epochs + 1):
+        end = math.ceil(epoch * conversations / size)
+        assert stages[end - 1] == f"epoch {epoch}" and (end == len(stages) or stages[end] != f"epoch {epoch}")

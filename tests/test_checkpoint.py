@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from conftest import SENTENCES, TINY, NoData, call, digest, one_line_error, random_model, transformers_model
@@ -83,12 +84,16 @@ def test_published_names_and_fields(saved):
     folder, model = saved
     names = set(transformers_model(TINY, model.state_dict()).state_dict())
     assert set(safetensors.torch.load_file(folder / "model.safetensors")) == names
-    config = json.loads((folder / "config.json").read_text())
-    assert (
-        config["architectures"] == ["LlamaForCausalLM"]
-        and config["rope_theta"] == 100_000.0
-        and config["head_dim"] == 6
-    )
+    config = danube3.read_json(folder / "config.json")
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["rope_theta"] == 100_000.0
+    assert config["head_dim"] == 6
+
+
+def change_json(path, **changes):
+    """Change entries of a JSON file (None removes one), and forget the checksums of its folder."""
+    values = {**danube3.read_json(path, {}), **changes}
+    danube3.write_json(path, {name: value for name, value in values.items() if value is not None})
+    (path.parent / "SHA256SUMS").unlink(missing_ok=True)
 
 
 def test_older_and_newer_rope_fields(saved):
@@ -104,29 +109,180 @@ def test_older_and_newer_rope_fields(saved):
         assert danube3.read_config(folder) == TINY
 
 
+def test_defaults_of_older_folders(saved):
+    """What config.json leaves out, or sets to null, has the defaults of transformers."""
+    from transformers import LlamaConfig
+
+    path = saved[0] / "config.json"
+    for entries in ({}, dict.fromkeys(("head_dim", "num_key_value_heads"))):
+        change_json(path, head_dim=None, num_key_value_heads=None, initializer_range=None, rope_theta=None)
+        path.write_text(json.dumps({**danube3.read_json(path), **entries}))
+        ours, theirs = danube3.read_config(saved[0]), LlamaConfig.from_pretrained(saved[0])
+        for name in ("head_dim", "num_key_value_heads", "initializer_range"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 10_000.0
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "gpt2"}, "only Llama"),
-        ({"attention_bias": True}, "attention_bias = True is not part"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type = 'llama3'"),
-        ({"hidden_size": None}, "lacks hidden_size"),
-        ({"hidden_size": "large"}, "hidden_size is 'large'"),
-        ({"hidden_size": 48}, "is not what config.json makes it"),
-        ({"num_hidden_layers": 3}, "lacks 9 tensors"),
-        ({"num_hidden_layers": 1}, "is not what config.json makes it"),
-        ({"eos_token_id": [2, 3]}, "eos_token_id"),
-        ({"vocab_size": 320}, "is not what config.json makes it"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', and Danube3 has 'llama'"),
+        ({"attention_bias": True}, "attention_bias is True, and Danube3 has False"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type is 'llama3'"),
+        ({"hidden_size": None}, "config.json .*hidden_size"),
+        ({"intermediate_size": None}, "config.json .*intermediate_size"),
+        ({"hidden_size": "large"}, "config.json cannot be read, it is damaged"),
+        ({"hidden_size": 48}, "step-0000007.*size mismatch"),
+        ({"num_hidden_layers": 3}, "step-0000007.*Missing key.*model.layers.2"),
+        ({"num_hidden_layers": 1}, "step-0000007.*Unexpected key.*model.layers.1"),
+        ({"vocab_size": 320}, "step-0000007.*size mismatch"),
     ],
 )
 def test_configurations_refused(saved, change, words):
     folder, _ = saved
-    raw = {**json.loads((folder / "config.json").read_text()), **change}
-    (folder / "config.json").write_text(json.dumps(raw))
-    (folder / danube3.DIGESTS).unlink()
+    change_json(folder / "config.json", **change)
+    with pytest.raises(danube3.DanubeError, match=words) as caught:
+        danube3.load_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_several_stop_ids(saved):
+    """Published chat models list several. The first ends training documents, each of them ends generation."""
+    folder, _ = saved
+    change_json(folder / "config.json", eos_token_id=[2, 7])
+    (folder / "generation_config.json").unlink()
+    model, tokenizer = danube3.load_checkpoint(folder)
+    assert model.config == TINY and model.stop_ids == [2, 7]
+    danube3.save_checkpoint(folder.parent / "again", model, tokenizer)
+    assert danube3.load_checkpoint(folder.parent / "again")[0].stop_ids == [2, 7]
+    change_json(folder / "generation_config.json", eos_token_id=[2, 9])  # has the last word, as in transformers
+    assert danube3.load_checkpoint(folder)[0].stop_ids == [2, 9]
+
+
+def test_no_padding_id(saved):
+    change_json(saved[0] / "config.json", pad_token_id=-1)
+    assert danube3.load_checkpoint(saved[0])[0].config == TINY
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_embeddings(stored, saved):
+    """A folder may store one matrix for embedding and head: here each gets a copy, as transformers reads it."""
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = saved
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["lm_head.weight" if stored != "lm_head.weight" else "model.embed_tokens.weight"]
+    danube3.write_tensors(folder / "model.safetensors", weights)
+    change_json(folder / "config.json")
+    with pytest.raises(danube3.DanubeError, match="Missing key"):
+        danube3.load_checkpoint(folder)
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    model, _ = danube3.load_checkpoint(folder)
+    assert torch.equal(model.lm_head.weight, weights[stored])
+    assert torch.equal(model.model.embed_tokens.weight, weights[stored])
+    if stored == "model.embed_tokens.weight":
+        theirs, ids = AutoModelForCausalLM.from_pretrained(folder), torch.arange(3, 12)[None]
+        with torch.no_grad():
+            assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+
+
+def test_tied_in_name_only(saved):
+    """Where both matrices are stored, both are used."""
+    folder, model = saved
+    change_json(folder / "config.json", tie_word_embeddings=True)
+    assert torch.equal(danube3.load_checkpoint(folder)[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_prefixes_of_torch(saved):
+    """The names that torch.compile and DistributedDataParallel make, and a constant that old exports store."""
+    folder, model = saved
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    renamed = {"module." + name.replace("layers.1.", "layers.1._orig_mod."): w for name, w in weights.items()}
+    renamed["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    danube3.write_tensors(folder / "model.safetensors", renamed)
+    change_json(folder / "config.json")
+    loaded, _ = danube3.load_checkpoint(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_dtype_of_mixed_folders(saved):
+    """What config.json says; where it says nothing, the widest stored type."""
+    folder, model = saved
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    mixed = {name: w.bfloat16() if "norm" not in name else w for name, w in weights.items()}
+    danube3.write_tensors(folder / "model.safetensors", mixed)
+    for change, dtype in (
+        ({"torch_dtype": None, "dtype": "float16"}, torch.float16),
+        ({"torch_dtype": "bfloat16", "dtype": None}, torch.bfloat16),
+        ({"torch_dtype": None, "dtype": None}, torch.float32),
+        ({"torch_dtype": "int3", "dtype": None}, torch.float32),
+    ):
+        change_json(folder / "config.json", **change)
+        loaded, _ = danube3.load_checkpoint(folder)
+        assert {p.dtype for p in loaded.parameters()} == {dtype}
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16().to(dtype))
+    danube3.write_tensors(folder / "model.safetensors", {name: w.bfloat16() for name, w in weights.items()})
+    assert danube3.load_checkpoint(folder)[0].dtype == torch.bfloat16
+
+
+def test_finite_in_the_type_that_is_used(saved):
+    """70,000 is no fp16 number; a weight that is not finite as stored is refused too."""
+    folder, model = saved
+    weights = dict(model.state_dict())
+    weights["lm_head.weight"][2, 3] = 70_000.0
+    danube3.write_tensors(folder / "model.safetensors", weights)
+    change_json(folder / "config.json")
+    danube3.load_checkpoint(folder), danube3.load_checkpoint(folder, dtype=torch.bfloat16)
+    with pytest.raises(danube3.DanubeError, match="lm_head.weight is not finite as torch.float16: .*another type"):
+        danube3.load_checkpoint(folder, dtype=torch.float16)
+    for bad in (math.nan, math.inf):
+        weights["lm_head.weight"][2, 3] = bad
+        danube3.write_tensors(folder / "model.safetensors", weights)
+        with pytest.raises(danube3.DanubeError, match="lm_head.weight is not finite as torch.float32"):
+            danube3.load_checkpoint(folder)
+
+
+def test_a_single_file_beside_an_index(saved, capsys):
+    """The single file is taken, as transformers does, and that is said."""
+    folder, model = saved
+    names = dict.fromkeys(model.state_dict(), "a.safetensors")
+    change_json(folder / "model.safetensors.index.json", weight_map=names)
+    danube3.write_tensors(folder / "a.safetensors", {name: w + 1 for name, w in model.state_dict().items()})
+    loaded, _ = danube3.load_checkpoint(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert "model.safetensors.index.json is ignored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "index, words",
+    [
+        ({"weight_map": {"lm_head.weight": "../other/model.safetensors"}}, "outside its folder"),
+        ({"weight_map": {"lm_head.weight": "absent.safetensors"}}, "absent.safetensors is missing"),
+        ({"weight_map": 5}, "index.json cannot be read, it is damaged"),
+        ({}, "index.json cannot be read, it is damaged"),
+    ],
+)
+def test_bad_indexes(index, words, saved):
+    (saved[0] / "model.safetensors").unlink()
+    change_json(saved[0] / "model.safetensors.index.json", **index)
     with pytest.raises(danube3.DanubeError, match=words):
+        danube3.load_checkpoint(saved[0])
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens(file, saved):
+    """Tokens that tokenizer.model lacks would be encoded as ordinary text: refused by name."""
+    folder, _ = saved
+
+    def add(text, token_id):
+        listed = {str(token_id): {"content": text}}
+        change_json(folder / file, **({text: token_id} if file[0] == "a" else {"added_tokens_decoder": listed}))
+
+    add("</s>", 2)
+    danube3.load_checkpoint(folder)
+    add("<|image|>", 330)
+    with pytest.raises(danube3.DanubeError, match="tokenizer.model lacks '<.image.>'"):
         danube3.load_checkpoint(folder)
 
 
@@ -148,14 +304,14 @@ DAMAGES = {
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.model", "tokenizer_config.json"])
 def test_damaged_files(saved, name, how):
-    """With digests, every change is noticed; without (a downloaded folder), all that cannot be read."""
+    """With checksums, every change is noticed; without (a downloaded folder), all that cannot be read."""
     folder, _ = saved
     DAMAGES[how](folder / name)
     with pytest.raises(
         danube3.DanubeError, match=name if name != "config.json" or how != "removed" else "step-0000007"
     ):
         danube3.load_checkpoint(folder)
-    (folder / danube3.DIGESTS).unlink()
+    (folder / "SHA256SUMS").unlink()
     readable = (
         how == "a byte flipped"
         or (name, how) == ("tokenizer_config.json", "removed")
@@ -169,46 +325,53 @@ def test_damaged_files(saved, name, how):
     assert readable
 
 
-def test_other_control_tokens_are_refused(saved):
+def test_git_lfs_pointers_are_named(saved):
+    folder, _ = saved
+    (folder / "SHA256SUMS").unlink()
+    for name in ("tokenizer.model", "model.safetensors"):
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 12345\n"
+        (folder / name).write_text(pointer)
+        with pytest.raises(danube3.DanubeError, match=f"{name} is a Git-LFS pointer.*git lfs pull"):
+            danube3.load_checkpoint(folder)
+
+
+def test_other_special_tokens_are_refused(saved):
     """A tokenizer without </s>, or with another id for it: the model would never stop, or meet the id -1."""
     folder, _ = saved
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / danube3.DIGESTS).unlink()
-    (folder / "config.json").write_text(json.dumps({**raw, "eos_token_id": 3}))
-    with pytest.raises(danube3.DanubeError, match="other ids for <s> and </s>"):
+    change_json(folder / "config.json", eos_token_id=3)
+    with pytest.raises(danube3.DanubeError, match="other ids (for|of) <s> and </s>"):
         danube3.load_checkpoint(folder)
 
 
 def test_a_second_run_is_refused(tmp_path, tokenizer):
-    """While the first is there; its log closed, or its process gone, the folder is free."""
-    first = danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=False)
+    """While the first is there. When it is closed, or its process gone, the output directory is free."""
+    first = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData())
     first.step = 1
-    first.save()
-    first.write(step=1, loss=2.0)
+    danube3.save_training(first)
+    print(json.dumps({"step": 1, "loss": 2.0}), file=first.log, flush=True)
     before = {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(danube3.DanubeError, match="is in use by another program"):
-        danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True)
+        danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True)
     assert before == {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()}
-    first.log.close()
-    danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True)
+    first.resources.close()
+    danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData(), resume=True).resources.close()
 
 
-def test_weights_that_are_no_numbers_replace_no_checkpoint(tmp_path, tokenizer):
-    run = danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=False)
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, tokenizer):
+    run = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData())
     run.step = 1
-    run.save()
+    danube3.save_training(run)
     run.model.lm_head.weight.data[3, 4] = math.inf
     run.step = 2
-    with pytest.raises(danube3.DanubeError, match="not finite after step 2; the last checkpoint, if any, is kept"):
-        run.save()
+    with pytest.raises(danube3.DanubeError, match="not finite after step 2.*: lower the learning rate"):
+        danube3.save_training(run)
     assert [path.name for path in danube3.checkpoints_in(tmp_path)] == ["step-0000001"]
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
-    )
-    with pytest.raises(OSError):
+@pytest.mark.parametrize("error", [OSError("disk full"), safetensors.SafetensorError("disk full")])
+def test_a_failed_write_leaves_nothing(error, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(error))
+    with pytest.raises((OSError, danube3.DanubeError), match="disk full"):
         danube3.save_checkpoint(tmp_path / "run" / "step-0000001", random_model(TINY), tokenizer)
     assert list((tmp_path / "run").iterdir()) == []
     with pytest.raises(danube3.DanubeError, match="is no checkpoint"):
@@ -217,37 +380,57 @@ def test_a_failed_write_leaves_nothing(tmp_path, tokenizer, monkeypatch):
 
 def test_written_whole_before_it_is_named(tmp_path, tokenizer, monkeypatch):
     """At the moment of renaming, all files are there, are synced, and the old checkpoint still exists."""
+    run, renamed = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData()), []
+    run.step = 1
+    danube3.save_training(run)
     synced, rename = [], danube3.Path.rename
     monkeypatch.setattr(danube3, "sync", lambda path: synced.append(path.name))
 
     def check(self, target):
         if target.name == "step-0000002":
             assert {p.name for p in self.iterdir()} <= set(synced) and self.name in synced
-            assert {"model.safetensors", "config.json", "trainer.pt", danube3.DIGESTS} <= set(synced)
-            assert not target.exists()
+            state = {"training_state.json", "training_state.safetensors"}
+            assert {"model.safetensors", "config.json", "SHA256SUMS", "metrics.jsonl", *state} <= set(synced)
+            assert not target.exists() and danube3.find_checkpoint(tmp_path).name == "step-0000001"
+            renamed.append(target)
         return rename(self, target)
 
     monkeypatch.setattr(danube3.Path, "rename", check)
-    danube3.save_checkpoint(tmp_path / "step-0000002", random_model(TINY), tokenizer, {"step": 2})
-    assert synced[-1] == tmp_path.name
+    run.step = 2
+    danube3.save_training(run)
+    assert synced[-1] == tmp_path.name and renamed == danube3.checkpoints_in(tmp_path)
 
 
-def test_trainer_state_runs_no_code(tmp_path, tokenizer):
-    """A trainer.pt that is a hostile pickle is refused without being run."""
+def test_checkpoints_run_no_code(tmp_path, tokenizer):
+    """A hostile pickle in place of any file is refused without being run."""
 
     class Hostile:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
 
-    folder = tmp_path / "run" / "step-0000003"
-    danube3.save_checkpoint(folder, random_model(TINY), tokenizer)
-    torch.save({"step": Hostile()}, folder / "trainer.pt")
-    with pytest.raises(danube3.DanubeError, match="trainer.pt is damaged"):
-        danube3.Run(tmp_path / "run", danube3.Danube3(TINY), tokenizer, NoData(), resume=True)
+    def resume():
+        danube3.Trainer(tmp_path / "run", danube3.Danube3(TINY), tokenizer, NoData(), resume=True)
+
+    run = danube3.Trainer(tmp_path / "run", random_model(TINY), tokenizer, NoData())
+    danube3.save_training(run)
+    run.resources.close()
+    folder = danube3.find_checkpoint(tmp_path / "run")
+    (folder / "SHA256SUMS").unlink()
+    for name in ("training_state.safetensors", "training_state.json", "model.safetensors"):
+        content = (folder / name).read_bytes()
+        torch.save({"step": Hostile()}, folder / name)
+        with pytest.raises(danube3.DanubeError, match=f"{name} cannot be read, it is damaged"):
+            resume()
+        (folder / name).write_bytes(content)
+    resume()
+    torch.save({"lm_head.weight": Hostile()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(danube3.DanubeError, match="model.safetensors is missing.*pickle files.*convert"):
+        danube3.load_checkpoint(folder)
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("path, words", [("nowhere", "does not exist"), ("", "is no checkpoint")])
+@pytest.mark.parametrize("path, words", [("nowhere", "nowhere does not exist"), ("", "is no checkpoint")])
 def test_sample_without_a_checkpoint(tmp_path, path, words):
     assert words in one_line_error(call("sample.py", tmp_path / path, "Once"))
 
@@ -271,12 +454,9 @@ def test_sample_speaks_from_a_folder_by_transformers(tmp_path, tokenizer):
 
 def test_sample_says_when_the_context_is_full(saved):
     folder, _ = saved
-    config = json.loads((folder / "config.json").read_text())
     result = call("sample.py", folder, "Ada lives", "--max-new-tokens", 500, "--seed", 4, "--temperature", 5)
-    assert result.returncode == 0 and (
-        config["max_position_embeddings"],
-        "context of 64 tokens is full" in result.stderr,
-    ) == (64, True)
+    assert result.returncode == 0 and "context of 64 tokens is full" in result.stderr
+    assert danube3.read_json(folder / "config.json")["max_position_embeddings"] == 64
     long = one_line_error(call("sample.py", folder, "geese " * 200))
     assert "does not fit: use 1 to 64" in long
 
@@ -312,29 +492,29 @@ def test_multiple_choice_by_hand(saved):
             log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
             scores.append(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))))
         expected.append(scores.index(max(scores)))
-    scores = sample.choice_scores(model, tokenizer, questions)
+    scores = sample.choice_log_likelihoods(model, tokenizer, questions)
     assert [each.index(max(each)) for each in scores] == expected
     asked = []
     with pytest.MonkeyPatch.context() as patch:  # only the choice is scored, not the prompt
-        patch.setattr(
-            sample, "continuation_log_likelihood", lambda model, rows: asked.extend(rows) or [0.0] * len(rows)
-        )
-        sample.choice_scores(model, tokenizer, questions[:1])
+        record = lambda model, sequences: asked.extend(sequences) or [0.0] * len(sequences)
+        patch.setattr(sample, "continuation_log_likelihoods", record)
+        sample.choice_log_likelihoods(model, tokenizer, questions[:1])
     assert [tokenizer.decode(ids[start:]) for ids, start in asked[:2]] == ["lives", "keeps geese"]
     for ids, start in asked:
         log_p = model(torch.tensor([ids]))[0].log_softmax(-1)
         by_hand = sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids)))
-        assert sample.continuation_log_likelihood(model, [(ids, start)]) == pytest.approx([by_hand], abs=1e-4)
-    rows = [(tokenizer.encode_prompt(text), 1) for text in ("Ada lives in Marrow.", "She", "He keeps 2 geese")]
-    alone = [sample.continuation_log_likelihood(model, [row])[0] for row in rows]
-    assert sample.continuation_log_likelihood(model, rows) == pytest.approx(alone, abs=1e-4)
-    with pytest.raises(danube3.DanubeError, match="question 1 lacks"):
-        sample.choice_scores(model, tokenizer, [{"prompt": "x"}])
-    with pytest.raises(danube3.DanubeError, match="question 2 has a choice that adds nothing"):
-        sample.choice_scores(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
+        assert sample.continuation_log_likelihoods(model, [(ids, start)]) == pytest.approx([by_hand], abs=1e-4)
+    texts = ("Ada lives in Marrow.", "She", "He keeps 2 geese")
+    sequences = [(tokenizer.encode_prompt(text), 1) for text in texts]
+    alone = [sample.continuation_log_likelihoods(model, [each])[0] for each in sequences]
+    assert sample.continuation_log_likelihoods(model, sequences) == pytest.approx(alone, abs=1e-4)
+    with pytest.raises(danube3.DanubeError, match="question 1: it lacks"):
+        sample.choice_log_likelihoods(model, tokenizer, [{"prompt": "x"}])
+    with pytest.raises(danube3.DanubeError, match="question 2: it has a choice that adds nothing"):
+        sample.choice_log_likelihoods(model, tokenizer, [questions[0], {"prompt": "Ada", "choices": [" lives", ""]}])
     user = [{"role": "user", "content": "Where?"}]
     for question, words in (
-        ({"messages": user, "choices": ["", "y"]}, "question 1 has a choice that adds nothing"),
+        ({"messages": user, "choices": ["", "y"]}, "question 1: it has a choice that adds nothing"),
         ({"messages": 5, "choices": ["x"]}, 'question 1: "messages" must be a list'),
         ({"messages": ["x"], "choices": ["x"]}, 'question 1: "messages" must be a list'),
         ({"messages": [], "choices": ["x"]}, 'question 1: "messages" must be a list'),
@@ -349,38 +529,116 @@ def test_multiple_choice_by_hand(saved):
         sample.multiple_choice(model, tokenizer, [{**questions[0], "choices": 5}])
 
 
-@pytest.mark.parametrize("line", ["5", "{}", '{"step": "3"}', "\udcff", '{"step": 1, "lo'])
+@pytest.mark.parametrize("line", ["5\n", "{}\n", '{"step": "3"}\n', "\udcff\n", '{"step": 1, "lo', '{"step": 2}'])
 def test_metrics_that_were_damaged(line, tmp_path, tokenizer):
-    """What cannot be read, and all after it, is forgotten on resume."""
+    """What cannot be read, or lacks its end of line, is forgotten on resume, and all after it."""
     model, out = random_model(TINY), tmp_path
-    run = danube3.Run(out, model, tokenizer, NoData(), resume=False)
-    run.write(step=1, loss=2.0)
+    run = danube3.Trainer(out, model, tokenizer, NoData())
+    print(json.dumps({"step": 1, "loss": 2.0}), file=run.log, flush=True)
     run.step = 2
-    run.save()
-    run.log.close()
+    danube3.save_training(run)
+    run.resources.close()
     with open(out / "metrics.jsonl", "a", errors="surrogateescape") as file:
-        file.write(f"{line}\n" if line != '{"step": 1, "lo' else line)
-    danube3.Run(out, model, tokenizer, NoData(), resume=True).write(step=3, loss=1.0)
+        file.write(line)
+    again = danube3.Trainer(out, model, tokenizer, NoData(), resume=True)
+    print(json.dumps({"step": 3, "loss": 1.0}), file=again.log, flush=True)
     assert [json.loads(text)["step"] for text in (out / "metrics.jsonl").read_text().splitlines()] == [1, 3]
 
 
-@pytest.mark.parametrize("change", [{"optimizer": 5}, {"step": "x"}, {"identity": 5}, {"master_weights": 5}])
-def test_trainer_states_of_another_kind(change, tmp_path, tokenizer):
-    run = danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=False)
-    run.step = 1
-    run.save()
-    run.log.close()
-    danube3.Run(tmp_path / "whole", random_model(TINY), tokenizer, NoData(), resume=True)
-    state = torch.load(tmp_path / "whole" / "step-0000001" / "trainer.pt", weights_only=True)
-    danube3.save_checkpoint(tmp_path / "run" / "step-0000001", run.model, tokenizer, {**state, **change})
-    with pytest.raises(danube3.DanubeError, match="trainer.pt is damaged"):
-        danube3.Run(tmp_path / "run", run.model, tokenizer, NoData(), resume=True)
+@pytest.fixture
+def trained(tmp_path, tokenizer):
+    """An output directory after one step that changed weights and moments. -> folder, what was saved"""
+    run = danube3.Trainer(tmp_path / "run", random_model(TINY), tokenizer, NoData())
+    ids = torch.randint(3, 330, (8, 16))
+    danube3.train_step(run.model, run.optimizer, ids, ids, run.config, 1e-3)
+    run.step, run.tokens, run.skipped = 1, 128, 3
+    danube3.save_training(run)
+    run.resources.close()
+    return danube3.find_checkpoint(tmp_path / "run"), training_tensors(run)
+
+
+def training_tensors(run):
+    return dict(danube3.training_tensors(run))
+
+
+def resume(folder, tokenizer):
+    run = danube3.Trainer(folder.parent, danube3.Danube3(TINY), tokenizer, NoData(), resume=True)
+    run.resources.close()
+    return run
+
+
+def test_training_state_comes_back(trained, tokenizer):
+    """All weights and moments bit for bit, and how far the run has come; and no weight is stored twice."""
+    folder, before = trained
+    run = resume(folder, tokenizer)
+    after = training_tensors(run)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert (run.step, run.tokens, run.skipped) == (1, 128, 3)
+    assert {int(state["step"]) for state in run.optimizer.state.values()} == {1}
+    stored = dict(danube3.read_tensors(folder / "training_state.safetensors"))
+    assert {name.split(".")[0] for name in stored} == {"exp_avg", "exp_avg_sq", "step"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "x"},
+        {"step": None},
+        {"tokens": "many"},
+        {"run_config": 5},
+        {"run_config": {"model": 5}},
+    ],
+    ids=str,
+)
+def test_training_states_of_another_kind(change, trained, tokenizer):
+    change_json(trained[0] / "training_state.json", **change)
+    with pytest.raises(danube3.DanubeError, match="training_state.json cannot be read, it is damaged"):
+        resume(trained[0], tokenizer)
+
+
+def test_moments_of_another_kind(trained, tokenizer):
+    """One is absent, or has another shape, or is not finite."""
+    folder, name = trained[0], "exp_avg.model.layers.0.mlp.up_proj.weight"
+    (folder / "SHA256SUMS").unlink()
+    tensors = dict(danube3.read_tensors(folder / "training_state.safetensors"))
+    assert tensors[name].shape == (56, 40)
+    for change in ({}, {name: torch.zeros(3, 4)}, {name: torch.full((56, 40), math.nan)}):
+        others = {key: tensor for key, tensor in tensors.items() if key != name}
+        danube3.write_tensors(folder / "training_state.safetensors", {**others, **change})
+        with pytest.raises(danube3.DanubeError, match="step-0000001"):
+            resume(folder, tokenizer)
+
+
+@pytest.mark.parametrize("ranks", [(1, 4), (4, 2)], ids=str)
+def test_resume_with_another_lora_rank(ranks, saved, tmp_path, tokenizer):
+    """Adapters of rank 1 would broadcast to those of rank 4."""
+    for rank in ranks:
+        model = danube3.add_lora(danube3.load_checkpoint(saved[0])[0], rank, seed=0)
+        if rank == ranks[0]:
+            run = danube3.Trainer(tmp_path / "lora", model, tokenizer, NoData(), base=saved[0])
+            danube3.save_training(run)
+            run.resources.close()
+    with pytest.raises(danube3.DanubeError, match="step-0000000"):
+        danube3.Trainer(tmp_path / "lora", model, tokenizer, NoData(), resume=True, base=saved[0])
+
+
+def test_a_checkpoint_without_training_state(trained, tokenizer):
+    shutil.rmtree(trained[0])
+    danube3.save_checkpoint(trained[0], random_model(TINY), tokenizer)
+    with pytest.raises(danube3.DanubeError, match="training_state.json is missing"):
+        resume(trained[0], tokenizer)
+
+
+def test_a_damaged_training_state_is_noticed(trained, tokenizer):
+    flip_byte(trained[0] / "training_state.safetensors")
+    with pytest.raises(danube3.DanubeError, match="training_state.safetensors is missing or damaged: copy"):
+        resume(trained[0], tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 def test_windows_of_a_text():
     """The docstring's example, with nine ids: no window more than is needed, and none less."""
-    input_ids, labels = sample.windows_of(list(range(9)), 4, 2)
+    input_ids, labels = sample.sliding_windows(list(range(9)), 4, 2)
     assert input_ids.tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7, 8, 0]]
     assert labels.tolist() == [[-100, 1, 2, 3], [-100, -100, 4, 5], [-100, -100, 6, 7], [-100, -100, 8, -100]]
 
@@ -411,28 +669,29 @@ def test_shares_of_multiple_choice(monkeypatch):
         {"prompt": "p", "choices": [" a", " long choice"], "answer": answer, "scores": scores}
         for answer, scores in ((0, [-1.0, -3.0]), (1, [-1.0, -3.0]), (1, [-4.0, -3.0]), (0, [-1.0, -20.0]))
     ]
-    monkeypatch.setattr(sample, "choice_scores", lambda model, tokenizer, asked: [each["scores"] for each in asked])
+    score = lambda model, tokenizer, asked: [each["scores"] for each in asked]
+    monkeypatch.setattr(sample, "choice_log_likelihoods", score)
     results = sample.multiple_choice(None, None, questions)
     assert results["acc"] == 0.75 and results["acc_norm"] == 0.75 and results["questions"] == 4
-    assert results["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3)) and results["guessing"] == 0.5
+    assert results["acc_stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3)) and results["random baseline"] == 0.5
     assert sample.multiple_choice(None, None, questions[:2])["acc_norm"] == 0.5
     assert sample.multiple_choice(None, None, questions[1:3])["acc"] == 0.5
     assert sample.multiple_choice(None, None, questions[1:3])["acc_norm"] == 1.0
 
 
-def test_examinations_from_the_command_line(saved, tmp_path, toy_data):
-    """A text, with the results as json too; and what cannot be examined."""
+def test_evaluations_from_the_command_line(saved, tmp_path, toy_data):
+    """A text, with the results as json too; and what cannot be evaluated."""
     (tmp_path / "text.txt").write_text("Ada lives in Marrow. " * 30)
     result = call("sample.py", saved[0], "--eval", tmp_path / "text.txt", "--json", tmp_path / "out.json")
     results = json.loads((tmp_path / "out.json").read_text())
-    assert result.returncode == 0 and re.search(rf"^perplexity +{results['perplexity']:,.4f}$", result.stdout, re.M)
+    assert result.returncode == 0 and re.search(rf"^perplexity +{results['perplexity']:.4f}$", result.stdout, re.M)
     assert set(results) == {"tokens", "context", "stride", "loss", "perplexity", "bits per byte"}
     assert f"{results['loss']:.4f}" in result.stdout
     (tmp_path / "empty.txt").write_text("")
     for path, words in (
         (tmp_path / "empty.txt", "no text to measure"),
-        (tmp_path / "missing.txt", "neither a folder of token shards nor a text file"),
-        (toy_data, "has 1024 pieces, the configuration only 330"),
+        (tmp_path / "missing.txt", "missing.txt does not exist, or is no file"),
+        (toy_data, "was made with another tokenizer: choose other data"),
     ):
         assert words in one_line_error(call("sample.py", saved[0], "--eval", path))
     assert "--json is for" in one_line_error(call("sample.py", saved[0], "x", "--json", tmp_path / "y"))
@@ -458,7 +717,7 @@ def test_classification_by_hand(saved, tmp_path):
         right.setdefault(item["label"], []).append(labels[scores.index(max(scores))] == item["label"])
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     results = sample.evaluate(model, tokenizer, tmp_path / "texts.jsonl")
-    assert results["texts"] == len(items) and results["guessing"] == pytest.approx(1 / 3)
+    assert results["texts"] == len(items) and results["random baseline"] == pytest.approx(1 / 3)
     assert results["accuracy"] == pytest.approx(sum(map(sum, right.values())) / len(items))
     shares = {label: sum(each) / len(each) for label, each in right.items()}
     assert {label: results[f"accuracy on {label}"] for label in labels} == pytest.approx(shares)
@@ -479,10 +738,10 @@ def test_choices_as_answers_in_a_conversation(saved):
         {"role": "assistant", "content": "Ho"},
         {"role": "user", "content": "2?"},
     ]
-    scores = sample.choice_scores(model, tokenizer, [{"messages": talk, "choices": ["3", "three geese"]}])[0]
+    scores = sample.choice_log_likelihoods(model, tokenizer, [{"messages": talk, "choices": ["3", "three geese"]}])[0]
     for choice, score in zip(["3", "three geese"], scores):
         ids, labels = danube3.render_chat([*talk, {"role": "assistant", "content": choice}], tokenizer)
         first = danube3.render_chat(talk, tokenizer)[0]
-        labels = [danube3.IGNORE] * len(first) + labels[len(first) :]
+        labels = [danube3.IGNORE_INDEX] * len(first) + labels[len(first) :]
         with torch.no_grad():
             assert -model(torch.tensor([ids]), torch.tensor([labels])).item() == pytest.approx(score, abs=1e-4)

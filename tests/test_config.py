@@ -1,4 +1,4 @@
-"""Configurations: published counts, costs against independent counts, and numbers that make no sense."""
+"""Configurations, published and refused; the plan of a run: operations, memory, stages."""
 
 import argparse
 import dataclasses
@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, call, one_line_error, random_model
+from conftest import TINY, NoData, call, one_line_error, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import danube3
 import train
+from data.read import token_count
 
 
 @pytest.mark.parametrize("name, parameters", [("500m", 513_590_784), ("4b", 3_961_839_360)])
@@ -30,7 +31,7 @@ def test_parameters_counted(config):
 
 
 def test_published_constants(tmp_path):
-    """A config.json with the published fields, among which head_dim is missing, is read as our configuration."""
+    """A config.json with the published fields, which lack head_dim, is read as our configuration."""
     both = """"architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
         "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "max_position_embeddings": 8192,
         "model_type": "llama", "num_key_value_heads": 8, "pad_token_id": 0, "pretraining_tp": 1,
@@ -48,18 +49,22 @@ def test_published_constants(tmp_path):
         assert dataclasses.astuple(config)[7:] == (32_000, 8_192, 100_000.0, 1e-5, 1, 2, 0)
 
 
-def test_stages_of_every_recipe():
-    for recipe in danube3.RECIPES.values():
-        assert [stage.mixture["web"] for stage in recipe.stages] == [906, 817, 516]
-        assert all(sum(stage.mixture.values()) == 1000 for stage in recipe.stages)
-    tokens = {name: [stage.tokens / 1e12 for stage in danube3.RECIPES[name].stages] for name in ("500m", "4b")}
+def test_stages_of_every_training_config():
+    """The published shares of web text. Every stage names the same sources, and its weights sum to 1,000."""
+    for config in danube3.TRAIN_CONFIGS.values():
+        assert [stage.mixture["web"] for stage in config.stages] == [906, 817, 516]
+        for stage in config.stages:
+            assert sum(stage.mixture.values()) == 1000 and tuple(stage.mixture) == danube3.SOURCES
+    tokens = {name: [stage.tokens / 1e12 for stage in danube3.TRAIN_CONFIGS[name].stages] for name in ("500m", "4b")}
     assert tokens == {"500m": [2.8, 1.15, 0.05], "4b": [4.6, 1.35, 0.05]}
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_flops_against_a_counter(frozen):
-    """PyTorch counts the multiplications of a real forward and backward; of attention it counts the whole square. With
-    frozen matrices and trained norms all gradients of inputs are needed, as with adapters."""
+    """PyTorch counts the operations of a real forward and backward pass. For attention it counts all pairs of tokens.
+
+    With frozen weight matrices and trained norms all gradients of inputs are needed, as with adapters.
+    """
     B, T = 2, 33
     model, ids = random_model(TINY), torch.randint(0, TINY.vocab_size, (2, 33))
     for parameter in model.parameters():
@@ -72,9 +77,9 @@ def test_flops_against_a_counter(frozen):
 
 
 def test_memory_against_what_autograd_keeps():
-    """Activations are an estimate: within a quarter of the bytes that a fp32 training forward really saves."""
+    """Activations are an estimate: within a quarter of the bytes that a forward pass in fp32 really saves."""
     config = dataclasses.replace(danube3.CONFIGS["toy"], num_hidden_layers=8, vocab_size=64)
-    recipe = dataclasses.replace(danube3.RECIPES["toy"], micro_batch_size=4, tokens_per_step=512)
+    training = dataclasses.replace(danube3.TRAIN_CONFIGS["toy"], micro_batch_size=4, batch_size=4)
     model, saved = random_model(config), {}
 
     def pack(tensor):
@@ -85,32 +90,32 @@ def test_memory_against_what_autograd_keeps():
     ids = torch.randint(0, 64, (4, 128))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(ids, ids)
-    estimate = train.memory_bytes(config, recipe, compute_bytes=4)
+    estimate = train.memory_bytes(config, training, compute_bytes=4)
     assert loss.requires_grad
     measured = sum(saved.values())
     assert 0.75 < estimate["activations (estimate)"] / measured < 1.25
     assert estimate["weights (fp32)"] == 4 * danube3.count_parameters(config) == estimate["AdamW moments (fp32)"] / 2
 
 
-def test_stage_boundaries():
-    recipe = danube3.RECIPES["toy"]
-    per_step = recipe.tokens_per_step
+def test_stage_boundaries(tmp_path):
+    """A stage ends within half a step of its tokens. Fewer tokens are divided in the same proportion."""
+    config = danube3.TRAIN_CONFIGS["toy"]
+    per_step = config.tokens_per_step
     tokens = 0
-    for stage, end in zip(recipe.stages, recipe.stage_ends):
+    for stage, end in zip(config.stages, config.stage_ends):
         tokens += stage.tokens
         assert abs(end * per_step - tokens) <= per_step / 2
-    first, second, _ = recipe.stage_ends
-    assert [recipe.stage_at(s) for s in (0, first - 1, first, second - 1, second, recipe.total_steps)] == [
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-    ]
-    scaled = recipe.scaled_to(200_000)
-    assert abs(scaled.total_steps * per_step - 200_000) <= per_step
-    assert scaled.stages[0].tokens == recipe.stages[0].tokens * 200_000 // sum(s.tokens for s in recipe.stages)
+    first, second, last = config.stage_ends
+    (tmp_path / "meta.json").write_text("{}")
+    blocks = {(name, split): 10_000 for name in danube3.SOURCES for split in ("train", "val")}
+    data = danube3.StagedData(SimpleNamespace(folder=tmp_path, blocks=blocks), config)
+    steps = (0, first - 1, first, second - 1, second, last)
+    assert data.total_steps == last
+    assert [data.stage_index(step) for step in steps] == [0, 0, 1, 1, 2, 2]
+    assert [data.stage(step) for step in steps] == [f"stage {n}" for n in (1, 1, 2, 2, 3, 3)]
+    scaled = config.with_tokens(200_000)
+    assert abs(scaled.stage_ends[-1] * per_step - 200_000) <= per_step
+    assert scaled.stages[0].tokens == config.stages[0].tokens * 200_000 // sum(s.tokens for s in config.stages)
 
 
 @pytest.mark.parametrize(
@@ -131,34 +136,59 @@ def test_stage_boundaries():
     ],
 )
 def test_nonsense_configuration(field, value):
-    with pytest.raises(danube3.DanubeError, match=field.split("_")[0] if field != "eos_token_id" else "vocabulary"):
+    """The message names the field, or the vocabulary that a special token is outside of."""
+    with pytest.raises(danube3.DanubeError, match=field.split("_")[0]):
         dataclasses.replace(TINY, **{field: value})
 
 
 @pytest.mark.parametrize(
     "changes, word",
     [
-        ({"tokens_per_step": 1000}, "micro-batches"),
-        ({"micro_batch_size": 3}, "1,024"),
-        ({"micro_batch_size": 0}, "at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"sequence_length": 0}, "sequence_length is 0: it must be at least 1"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0: it must be at least 1"),
+        ({"save_every": 0}, "save_every is 0: it must be at least 1"),
         ({"learning_rate": math.inf}, "learning rate"),
+        ({"learning_rate": math.nan}, "learning rate"),
+        ({"learning_rate": 0.0}, "learning rate"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
-def test_nonsense_recipe(changes, word):
+def test_nonsense_training_config(changes, word):
+    """The message names the field."""
     with pytest.raises(danube3.DanubeError, match=word):
-        dataclasses.replace(danube3.RECIPES["toy"], **changes)
+        dataclasses.replace(danube3.TRAIN_CONFIGS["toy"], **changes)
 
 
-def test_too_few_tokens():
-    with pytest.raises(danube3.DanubeError, match="less than one step"):
-        danube3.RECIPES["toy"].scaled_to(100)
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--tokens", "100"], "less than one step of 1,024 tokens: raise --tokens"),
+        (["--tokens-per-step", "1000"], "no whole number of sequences of 128: use --tokens-per-step 896"),
+        (["--sequence-length", "100"], "no whole number of sequences of 100: use --tokens-per-step 1000"),
+    ],
+)
+def test_tokens_that_make_no_steps(flags, words):
+    """Refused by the plan and by the run, with numbers that would do."""
+    for more in (["--dry-run"], []):
+        assert words in one_line_error(call("train.py", *flags, *more))
+
+
+def test_micro_batches_need_not_divide_the_batch():
+    """A batch of 8 sequences in micro-batches of 3, 3 and 2."""
+    training = dataclasses.replace(danube3.TRAIN_CONFIGS["toy"], micro_batch_size=3)
+    ids = torch.zeros(training.batch_size, 4, dtype=torch.long)
+    parts = danube3.micro_batches(ids, ids, training.micro_batch_size, torch.device("cpu"))
+    assert [len(part) for part, _ in parts] == [3, 3, 2]
+    assert "3 gradient accumulation steps x micro-batch of 3" in train.describe_plan(TINY, training, 1)
 
 
 @pytest.mark.parametrize(
     "text, tokens", [("7", 7), ("200k", 200_000), ("1.5M", 1_500_000), ("10B", 10**10), ("4T", 4 * 10**12)]
 )
 def test_token_count(text, tokens):
-    assert danube3.token_count(text) == tokens
+    assert token_count(text) == tokens
 
 
 @pytest.mark.parametrize(
@@ -166,90 +196,114 @@ def test_token_count(text, tokens):
 )
 def test_no_token_count(text):
     with pytest.raises(argparse.ArgumentTypeError):
-        danube3.token_count(text)
+        token_count(text)
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
 def test_memory_of_several_gpus():
-    """By hand, for 4b on 8 GPUs: everything shared, but gradients that wait for the last micro-batch held whole."""
-    config, recipe = danube3.CONFIGS["4b"], danube3.RECIPES["4b"]
+    """By hand, for 4b on 8 GPUs: all is sharded but the gradients, which wait unsharded for the last micro-batch."""
+    config, training = danube3.CONFIGS["4b"], danube3.TRAIN_CONFIGS["4b"]
     n, ends, D = danube3.count_parameters(config), 2 * 32_000 * 3840, 3840
-    shared = train.memory_bytes(config, recipe, gpus=8)
-    assert shared["weights (fp32)"] == 4 * n // 8 and shared["AdamW moments (fp32)"] == n
-    assert shared["gradients (fp32)"] == 4 * n
-    assert train.memory_bytes(config, recipe, gpus=512)["gradients (fp32)"] == 4 * n // 512  # a row each: one pass
+    sharded = train.memory_bytes(config, training, gpus=8)
+    assert sharded["weights (fp32)"] == 4 * n // 8 and sharded["AdamW moments (fp32)"] == n
+    assert sharded["gradients (fp32)"] == 4 * n
+    one_pass = train.memory_bytes(config, training, gpus=512)  # one sequence on each GPU
+    assert one_pass["gradients (fp32)"] == 4 * n // 512
     layer = (n - ends) / 24
-    assert shared["exchanged parts"] == pytest.approx(4 * ends + 2 * 2 * layer + 4 * (ends + layer), rel=1e-6)
-    alone, again = (train.memory_bytes(config, recipe, recompute=again) for again in (False, True))
-    layer = alone["activations (estimate)"] / 24
-    assert again["activations (estimate)"] == layer + 24 * 8192 * 4 * D
-    assert alone["weights (compute copy)"] == 2 * n
-    assert {name: size for name, size in alone.items() if "act" not in name} == {
-        name: size for name, size in again.items() if "act" not in name
+    assert sharded["unsharded"] == pytest.approx(4 * ends + 2 * 2 * layer + 4 * (ends + layer), rel=1e-6)
+    plain, checkpointed = (train.memory_bytes(config, training, checkpointing=on) for on in (False, True))
+    layer = plain["activations (estimate)"] / 24
+    assert checkpointed["activations (estimate)"] == layer + 24 * 8192 * 4 * D
+    assert plain["weights (compute copy)"] == 2 * n
+    assert {name: size for name, size in plain.items() if "act" not in name} == {
+        name: size for name, size in checkpointed.items() if "act" not in name
     }
 
 
 def test_what_fits():
-    """4b on a GPU of 141 GB, 500m on one of 24 GB; layers are computed again only where that is needed."""
-    four, half = ((danube3.CONFIGS[name], danube3.RECIPES[name]) for name in ("4b", "500m"))
-    assert train.choose_recompute(*four, "auto", 141e9) is False
-    assert train.choose_recompute(*four, "on", 141e9) is True
-    assert train.choose_recompute(*four, "auto", 100e9) is True
-    assert train.choose_recompute(*half, "auto", 24e9) is False
-    assert train.choose_recompute(*half, "auto", 16e9) is True
-    with pytest.raises(danube3.DanubeError, match="take --recompute on"):
-        train.choose_recompute(*four, "off", 100e9)
+    """4b on a GPU of 141 GB, 500m on one of 24 GB. Activation checkpointing only where it is needed."""
+    four, half = ((danube3.CONFIGS[name], danube3.TRAIN_CONFIGS[name]) for name in ("4b", "500m"))
+    assert train.choose_checkpointing(*four, "auto", 141e9) is False
+    assert train.choose_checkpointing(*four, "on", 141e9) is True
+    assert train.choose_checkpointing(*four, "auto", 100e9) is True
+    assert train.choose_checkpointing(*half, "auto", 24e9) is False
+    assert train.choose_checkpointing(*half, "auto", 16e9) is True
+    with pytest.raises(danube3.DanubeError, match="take --activation-checkpointing on"):
+        train.choose_checkpointing(*four, "off", 100e9)
     with pytest.raises(danube3.DanubeError, match=r"of 80.0 GB 73.6 can be used: take 2 GPUs .*--gpus 2"):
-        train.choose_recompute(*four, "auto", 80e9)
+        train.choose_checkpointing(*four, "auto", 80e9)
     with pytest.raises(danube3.DanubeError, match="take --micro-batch-size 1"):
-        train.choose_recompute(half[0], dataclasses.replace(half[1], micro_batch_size=64), "auto", 16e9)
+        train.choose_checkpointing(half[0], dataclasses.replace(half[1], micro_batch_size=64), "auto", 16e9)
     with pytest.raises(danube3.DanubeError, match="--chat with --lora"):
-        train.choose_recompute(*four, "auto", 8e9)
+        train.choose_checkpointing(*four, "auto", 8e9)
 
 
-@pytest.mark.parametrize("gigabytes, again", [(24, True), (80, False)])
-def test_adapters_ask_for_what_they_need(gigabytes, again, monkeypatch):
-    """4b as int4, one conversation of 8,192 tokens: 38 GB of activations, if layers keep them."""
+@pytest.mark.parametrize("gigabytes, on", [(24, True), (80, False)])
+def test_adapters_ask_for_what_they_need(gigabytes, on, monkeypatch):
+    """4b as int4 and one conversation of 8,192 tokens: 38 GB of activations without activation checkpointing."""
     properties = SimpleNamespace(total_memory=gigabytes * 1e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with torch.device("meta"):
-        model = danube3.use_scheme(danube3.Danube3(danube3.CONFIGS["4b"]), danube3.SCHEMES["int4"])
+        model = danube3.use_quantized_modules(danube3.Danube3(danube3.CONFIGS["4b"]), danube3.SCHEMES["int4"])
         model.requires_grad_(False)
         linear = model.model.layers[0].mlp.up_proj
         model.model.layers[0].mlp.up_proj = danube3.LoRALinear(linear, 16)
-    recipe = danube3.RECIPES["4b"]
-    assert (recipe.sequence_length, recipe.micro_batch_size) == (8192, 1)
-    train.set_recompute(model, recipe, "auto", torch.device("cuda"))
-    assert {layer.recompute for layer in model.model.layers} == {again}
+    training = danube3.TRAIN_CONFIGS["4b"]
+    assert (training.sequence_length, training.micro_batch_size) == (8192, 1)
+    train.set_activation_checkpointing(model, training, "auto", torch.device("cuda"))
+    assert {layer.activation_checkpointing for layer in model.model.layers} == {on}
 
 
-def test_rows_shared_by_processes():
-    """In micro-batches of at most the recipe's size; what cannot be shared evenly is refused."""
-    recipe = danube3.RECIPES["toy"]  # 8 rows, 8 at a time
-    sizes = [danube3.shared_recipe(recipe, ranks).micro_batch_size for ranks in (1, 2, 4, 8)]
-    assert sizes == [8, 4, 2, 1]
-    smaller = dataclasses.replace(recipe, tokens_per_step=24 * 128, micro_batch_size=8)
-    assert [danube3.shared_recipe(smaller, ranks).micro_batch_size for ranks in (1, 2, 4)] == [8, 6, 6]
-    for ranks in (3, 16):
-        with pytest.raises(danube3.DanubeError, match=f"a step of 8 rows cannot be shared evenly by {ranks}"):
-            danube3.shared_recipe(recipe, ranks)
+def test_both_names_of_activation_checkpointing(monkeypatch):
+    """--recompute, the first edition's flag, still works."""
+    for flag in ("--activation-checkpointing", "--recompute"):
+        monkeypatch.setattr("sys.argv", ["train.py", flag, "on"])
+        assert train.arguments().activation_checkpointing == "on"
 
 
-def test_new_models_are_initialised_as_any():
-    new, old = danube3.Danube3.new(TINY, 5).state_dict(), danube3.Danube3(TINY).init_weights(5).state_dict()
-    assert new.keys() == old.keys() and all(torch.equal(new[name], old[name]) for name in new)
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16])
+def test_sequences_divided_among_processes(world_size, monkeypatch, tmp_path):
+    """The 8 sequences of a toy step are divided evenly, or refused before anything is written."""
+    monkeypatch.setattr(danube3, "rank_and_world_size", lambda: (0, world_size))
+    monkeypatch.setattr(danube3, "describe_run", lambda run: {})
+    monkeypatch.setattr(danube3, "shard_model", lambda model, device: model)
+    out = tmp_path / "out"
+    if 8 % world_size == 0:
+        run = danube3.Trainer(out, random_model(TINY), None, NoData())
+        run.resources.close()
+        return
+    words = f"8 sequences per step cannot be divided evenly among {world_size} processes"
+    with pytest.raises(danube3.DanubeError, match=words):
+        danube3.Trainer(out, random_model(TINY), None, NoData())
+    assert not out.exists()
+
+
+def test_micro_batches_of_a_plan():
+    """A GPU's micro-batch is never larger than its own sequences."""
+    for gpus, accumulation, size in ((1, 1, 8), (2, 1, 4), (4, 1, 2), (8, 1, 1)):
+        result = call("train.py", "--dry-run", "--gpus", gpus)
+        words = f"{gpus} GPUs x {accumulation} gradient accumulation steps x micro-batch of {size}"
+        assert result.returncode == 0 and words in result.stdout, result.stderr
+
+
+def test_new_models_are_initialised_like_any_other():
+    """Made on the meta device first, so that no memory is filled twice. There it can stay."""
+    new, plain = danube3.Danube3.new(TINY, 5).state_dict(), danube3.Danube3(TINY).init_weights(5).state_dict()
+    assert new.keys() == plain.keys() and all(torch.equal(new[name], plain[name]) for name in new)
+    shapes = danube3.Danube3.new(TINY, 5, "meta")
+    assert shapes.device.type == "meta" and shapes.state_dict().keys() == plain.keys()
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
         (["--gpus", "2"], "are for --dry-run"),
-        (["--dry-run", "--config", "4b", "--gpus", "48"], "a step of 512 rows cannot be shared evenly by 48"),
+        (["--dry-run", "--config", "4b", "--gpus", "48"], "a step of 512 sequences cannot be divided evenly among 48"),
         (["--dry-run", "--config", "4b"], "take 2 GPUs"),
         (["--dry-run", "--config", "4b", "--gpus", "64", "--gpu-memory", "24"], "can be used: take 512 GPUs"),
     ],
 )
-def test_plans_that_cannot_be(flags, words):
+def test_impossible_plans(flags, words):
     assert words in one_line_error(call("train.py", *flags))
 
 
@@ -270,27 +324,29 @@ def test_short_counts():
 @pytest.mark.parametrize("name", ["toy", "500m", "4b"])
 @pytest.mark.parametrize("order", ["staged", "constant", "reversed"])
 def test_every_order_has_the_same_tokens_of_each_source(name, order):
-    recipe = danube3.RECIPES[name]
-    other = train.remix(recipe, order)
+    config = danube3.TRAIN_CONFIGS[name]
+    other = train.remix(config, order)
 
-    def tokens(recipe):
-        shares = [(stage, Fraction(stage.tokens, sum(stage.mixture.values()))) for stage in recipe.stages]
+    def tokens(config):
+        shares = [(stage, Fraction(stage.tokens, sum(stage.mixture.values()))) for stage in config.stages]
         return {source: sum(unit * stage.mixture[source] for stage, unit in shares) for source in danube3.SOURCES}
 
-    assert tokens(other) == tokens(recipe) and other.total_steps == recipe.total_steps
+    assert tokens(other) == tokens(config) and other.stage_ends[-1] == config.stage_ends[-1]
     web = [Fraction(stage.mixture["web"], sum(stage.mixture.values())) for stage in other.stages]
     expected = [Fraction(906, 1000), Fraction(817, 1000), Fraction(516, 1000)]
     if order == "constant":
         assert len(set(web)) == 1 and expected[2] < web[0] < expected[0]
     else:
         assert web == (expected if order == "staged" else expected[::-1])
-    scaled = other.scaled_to(recipe.tokens_per_step * 1_000)
+    scaled = other.with_tokens(config.tokens_per_step * 1_000)
     assert [stage.mixture for stage in scaled.stages] == [stage.mixture for stage in other.stages]
 
 
-def test_scaled_and_changed_at_once():
-    """A step longer than the recipe's own tokens is no mistake where there are more of them."""
-    recipe = danube3.RECIPES["toy"].scaled_to(2**24, tokens_per_step=2**22)
-    assert recipe.total_steps == 4 and [stage.tokens for stage in recipe.stages] == [2**23, 2**22, 2**22]
-    with pytest.raises(danube3.DanubeError, match="raise --tokens"):
-        danube3.RECIPES["toy"].scaled_to(2**20, tokens_per_step=2**22)
+def test_more_tokens_and_a_larger_batch_at_once():
+    """A step larger than the toy's whole run is no mistake when --tokens asks for enough."""
+    flags = ("--dry-run", "--sequence-length", 128, "--micro-batch-size", 1, "--tokens-per-step", 2**22)
+    result = call("train.py", *flags, "--tokens", 2**24)
+    assert result.returncode == 0 and "4 steps, 16,777,216 tokens" in result.stdout, result.stderr
+    steps = re.findall(r"^stage \d +([\d,]+) +([\d,]+)", result.stdout, re.M)
+    assert steps == [("2", f"{2**23:,}"), ("1", f"{2**22:,}"), ("1", f"{2**22:,}")]
+    assert "raise --tokens" in one_line_error(call("train.py", *flags, "--tokens", 2**20))

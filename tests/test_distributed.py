@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call, one_line_error
+from conftest import ROOT, call, digest, one_line_error
 
 import danube3
 
@@ -63,12 +63,12 @@ def workers(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def same_validation(out, expected):
+def same_validation(out, expected, entries=2):
     ours, theirs = (
         [e for e in map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines()) if "val_loss" in e]
         for run in (out, expected)
     )
-    assert [e["step"] for e in ours] == [e["step"] for e in theirs] and len(ours) > 1
+    assert [e["step"] for e in ours] == [e["step"] for e in theirs] and len(ours) >= entries
     for a, b in zip(ours, theirs):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
 
@@ -83,7 +83,7 @@ def same_curve(steps, expected):
 
 @pytest.fixture(scope="module")
 def alone(toy_data, tmp_path_factory):
-    """Thirty steps in one process, two rows at a time; the first gradients are longer than the clipping allows."""
+    """Thirty steps in one process, in micro-batches of two; the first gradients are longer than grad_clip."""
     out = tmp_path_factory.mktemp("alone") / "run"
     process = start(1, "--data", toy_data, *FLAGS, "--micro-batch-size", 2, "--out", out)
     assert "try: python" in finish(process)
@@ -92,8 +92,8 @@ def alone(toy_data, tmp_path_factory):
 
 
 def test_bf16_and_blocks_of_logits(toy_data, tmp_path):
-    """As on GPUs: weights gathered in bf16, gradients summed in fp32, and logits in blocks; but for the rounding of
-    bf16 the losses are those of one process."""
+    """As on GPUs: an all-gather of bf16 weights, a reduce-scatter of fp32 gradients, logits in blocks. The losses are
+    those of one process, but for the rounding of bf16."""
     program = tmp_path / "as_on_gpus.py"
     program.write_text(
         f"import runpy, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import danube3\n"
@@ -110,13 +110,13 @@ def test_bf16_and_blocks_of_logits(toy_data, tmp_path):
     assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[1] != losses[0]
 
 
-@pytest.mark.parametrize("processes, micro_batch_size, recompute", [(2, 2, "off"), (4, 1, "on")])
-def test_processes_make_the_same_run(processes, micro_batch_size, recompute, alone, toy_data, tmp_path):
-    """With accumulation and clipping, layers kept or computed again; and the checkpoint is an ordinary one."""
+@pytest.mark.parametrize("processes, micro_batch_size, checkpointing", [(2, 3, "off"), (4, 1, "on")])
+def test_processes_make_the_same_run(processes, micro_batch_size, checkpointing, alone, toy_data, tmp_path):
+    """With gradient accumulation, clipping and activation checkpointing; and the checkpoint is an ordinary one."""
     flags = ("--data", toy_data, *FLAGS, "--micro-batch-size", micro_batch_size, "--out", tmp_path / "run")
-    flags += ("--recompute", recompute)
+    flags += ("--activation-checkpointing", checkpointing)
     output = finish(start(processes, *flags))
-    assert output.count("parameters to train") == 1 and f"{processes} x cpu" in output
+    assert output.count("trainable parameters") == 1 and f"{processes} x cpu" in output
     same_curve(steps_of(tmp_path / "run"), steps_of(alone))
     same_validation(tmp_path / "run", alone)
     ours, theirs = (danube3.load_checkpoint(folder)[0] for folder in (tmp_path / "run", alone))
@@ -134,7 +134,7 @@ def test_a_process_dies_and_others_go_on(alone, toy_data, tmp_path):
     begin = time.monotonic()
     output = finish(process, 60)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in output and time.monotonic() - begin < 60
-    danube3.verify_digests(checkpoint := danube3.find_checkpoint(tmp_path / "run"))
+    danube3.verify_checksums(checkpoint := danube3.find_checkpoint(tmp_path / "run"))
     assert checkpoint.name == "step-0000015"
 
     process = start(4, *flags, "--micro-batch-size", 1, "--resume")
@@ -158,20 +158,28 @@ def test_ctrl_c_saves(toy_data, tmp_path):
     assert step >= 7 and len(steps_of(tmp_path)) == step
 
 
-def test_validate_then_save(toy_data, tmp_path):
-    """Ctrl-C during the first validation: FSDP keeps weights whole after it, and the save that follows needs parts."""
+def test_a_sharded_model_starts_with_the_same_weights(toy_data, tmp_path):
+    """Ctrl-C during the first validation: the weights saved at step 0 are those of one process, bit for bit. (They
+    exist on rank 0 only, before they are sharded. FSDP keeps the root unsharded after a validation, and the save that
+    follows needs it sharded.)"""
     (tmp_path / "early.py").write_text(
         "import os, runpy, signal, sys\n"
         f"sys.path[:0] = [{str(ROOT)!r}]\n"
         "import danube3\n"
-        "log = danube3.log_validation\n"
-        "danube3.log_validation = lambda *args: (log(*args), os.kill(os.getpid(), signal.SIGINT))\n"
+        "validate = danube3.Trainer.validate\n"
+        "danube3.Trainer.validate = lambda run: (validate(run), os.kill(os.getpid(), signal.SIGINT))\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
-    flags = ("--data", toy_data, *FLAGS, "--out", tmp_path / "run")
-    output = finish(start(2, *flags, program=tmp_path / "early.py"), 60)
-    assert "interrupted, and saved" in output, output
-    assert danube3.find_checkpoint(tmp_path / "run").name == "step-0000000"
+    for processes in (1, 2):
+        flags = ("--data", toy_data, *FLAGS, "--out", tmp_path / str(processes))
+        output = finish(start(processes, *flags, program=tmp_path / "early.py"), 60)
+        assert "interrupted, and saved" in output, output
+    first, second = (danube3.find_checkpoint(tmp_path / each) for each in ("1", "2"))
+    assert first.name == second.name == "step-0000000"
+    assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
+    for name in ("model.safetensors", "training_state.safetensors"):
+        assert digest(first / name) == digest(second / name), name
+    same_validation(tmp_path / "2", tmp_path / "1", entries=1)
 
 
 def test_nobody_leaves_while_a_checkpoint_is_written(toy_data, tmp_path):
@@ -189,15 +197,20 @@ def test_nobody_leaves_while_a_checkpoint_is_written(toy_data, tmp_path):
     wait_for_step(process, tmp_path / "run", 5)
     os.kill(workers(process)[1], signal.SIGINT)
     assert "interrupted, and saved" in finish(process, 60)
-    danube3.verify_digests(danube3.find_checkpoint(tmp_path / "run"))
+    danube3.verify_checksums(danube3.find_checkpoint(tmp_path / "run"))
 
 
-def test_adapters_in_two_processes(alone, toy_data, tmp_path):
-    """And three held-out conversations, which two processes cannot share: then each must take all, as FSDP waits for
-    as many passes of every process."""
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapters_in_two_processes(quantized, alone, toy_data, tmp_path):
+    """And three held-out conversations, which two processes cannot divide evenly: then each must take all, because
+    FSDP needs the same number of forward passes on every rank."""
     talks = [json.loads(line) for line in (toy_data / "chat.jsonl").read_text().splitlines()[:60]]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    flags = ("--chat", tmp_path / "chat.jsonl", "--init", alone, "--lora", 4, "--batch-size", 8)
+    base = alone
+    if quantized:
+        base = tmp_path / "int4"
+        assert call("quantize.py", alone, "--bits", 4, "--out", base).returncode == 0
+    flags = ("--chat", tmp_path / "chat.jsonl", "--init", base, "--lora", 4, "--batch-size", 8)
     for processes in (1, 2):
         output = finish(start(processes, *flags, "--micro-batch-size", 1, "--out", tmp_path / f"run{processes}"))
         assert "try: python" in output, output
@@ -208,9 +221,9 @@ def test_adapters_in_two_processes(alone, toy_data, tmp_path):
     assert max((first[name] - second[name]).abs().max() for name in first) < 1e-4
 
 
-def test_rows_that_cannot_be_shared(toy_data, tmp_path):
+def test_sequences_that_cannot_be_divided(toy_data, tmp_path):
     output = finish(start(3, "--data", toy_data, *FLAGS, "--out", tmp_path / "run"))
-    assert "error: a step of 8 rows cannot be shared evenly by 3 processes: make it a" in output
+    assert "error: 8 sequences per step cannot be divided evenly among 3 processes: change one" in output
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in output
 
 
@@ -229,7 +242,7 @@ def test_processes_with_other_flags(toy_data, tmp_path):
         for rank, rate in enumerate(("1e-3", "2e-3"))
     ]
     outputs = [process.communicate(timeout=120)[1] for process in processes]
-    assert "process 1 was started with other flags or data than process 0" in outputs[1], outputs
+    assert "rank 1 has other flags, data or files than rank 0" in outputs[1], outputs
     assert not (tmp_path / "run").exists() or not danube3.checkpoints_in(tmp_path / "run")
 
 

@@ -20,13 +20,12 @@ MISTAKES = [
      "2 * config.num_hidden_layers * config.hidden_size\n", "take"),
     ("third-role", '("assistant", "tool")', '("assistant", "tool", "user")', "user, tool, user should be refused"),
     ("third-role", """'tool' %}{{ '<|tool|>'""", """'tool' %}{{ '<|answer|>'""", "CHAT_TEMPLATE"),
-    ("third-role", '[IGNORE] * start + turn[start:] if role == "assistant"',
-     '[IGNORE] * start + turn[start:] if role != "user"', "labels of the tool"),
-    ("interleaved-rotary", "turned = torch.stack(", "return torch.cat(", "angle"),
+    ("third-role", 'if role == "assistant":', 'if role != "user":', "labels of the tool"),
+    ("interleaved-rotary", "rotated = torch.stack(", "return torch.cat(", "angle"),
     ("sliding-window", "    if window:\n", "    if window and T > 1:\n", "1 queries"),
     ("sliding-window", "S - T - window + 1", "S - T - window", "queries"),
     ("sliding-window", "S - T - window + 1", "1 - window", "5 queries"),
-    ("z-loss", "logits[labels != IGNORE]", "logits", "3 of them without a label"),
+    ("z-loss", "logits[labels != IGNORE_INDEX]", "logits", "3 of them IGNORE_INDEX"),
     ("tied-embeddings", "lm_head.weight = model.model.embed_tokens.weight",
      "lm_head.weight.data = model.model.embed_tokens.weight.data", "0 fewer"),
     ("tied-embeddings", "lm_head.weight = model.model.embed_tokens.weight",
@@ -34,7 +33,7 @@ MISTAKES = [
     ("rolling-cache", "self.length % self.window, min", "min(self.length, self.window - 1), min", "token 4"),
     ("rolling-cache", "place, end = self.length % self.window, min(self.length + 1, self.window)",
      "place, end = self.length % self.window, self.window", "token 0"),
-    ("min-p", " and min_p == 0:  # nothing", ":  # nothing", "top_k 0"),
+    ("min-p", " and min_p == 0:", ":", "top_k 0"),
     ("min-p", "min_p * probabilities[:, :1]", "min_p", "min_p 0.1"),
     ("repetition-penalty", "torch.where(seen > 0, seen / penalty, seen * penalty)", "seen / penalty", "penalty of 1.7"),
     ("repetition-penalty", "logits.scatter(-1, seen_ids,", "logits.scatter_(-1, seen_ids,", "stay as they are"),
@@ -46,13 +45,14 @@ MISTAKES = [
     ("fourth-stage", "(*others, shorter, Stage(", "(*others, last, Stage(", "70,000 tokens shorter"),
     ("fourth-stage", "last.tokens <= tokens", "last.tokens < tokens", "450,000 of 450,000"),
     ("tempered-mixture", "math.floor(share)", "round(share)", "weights"),
-    ("tempered-mixture", "key=lambda name: weights[name] - exact[name]", "key=sizes.get", "rests"),
+    ("tempered-mixture", "key=lambda name: weights[name] - exact[name]", "key=sizes.get", "remainders"),
     ("warmup-stable-decay", "d = step + 1 -", "d = step -", "should have"),
     ("plain-adamw", "(v.sqrt() + group[\"eps\"])", "(v + group[\"eps\"]).sqrt()", "after step 1"),
     ("plain-adamw", "if p.grad is None:", "if p.grad is None and not self.state[p].pop(\"step\", 0):", "ended with"),
     ("plain-adamw", "state[\"step\"] = state.get(\"step\", 0) + 1",
      "state[\"step\"] = group[\"count\"] = group.get(\"count\", 0) + 1", "after step"),
-    ("lora-on-the-head", "layer_linears(model) | {\"lm_head\": model.lm_head}", "layer_linears(model)", "at lm_head"),
+    ("lora-on-the-head", "decoder_linears(model) | {\"lm_head\": model.lm_head}", "decoder_linears(model)",
+     "at lm_head"),
     ("lora-on-the-head", "({\"lm_head\": model.lm_head} if head else {})", "{\"lm_head\": model.lm_head}",
      "head=False"),
     ("two-adapters", "w * each.scale * each", "w * each", "ranks"),
@@ -64,19 +64,19 @@ MISTAKES = [
     ("paired-difference", "differences.std(ddof=1)", "np.hypot(np.std(right_a, ddof=1), np.std(right_b, ddof=1))",
      "standard error"),
     ("asymmetric-int4", "amin(2)) / 15).half()", "amin(2)) / 16).half()", "scales"),
-    ("asymmetric-int4", "steps.round()", "steps.floor()", "nearest"),
+    ("asymmetric-int4", "values.round()", "values.floor()", "nearest"),
     ("rows-from-gguf", "pairs = tensor.unflatten(0, (heads, config.head_dim // 2, 2))",
      "pairs = tensor.unflatten(0, (heads, 2, config.head_dim // 2))", "off by"),
     ("rows-from-gguf", "if heads is None:\n        return tensor\n    pairs",
      "heads = heads or config.num_key_value_heads\n    pairs", "v_proj"),
-    ("undo", "        self.kv_cache.length = min(", "        length = min(", "cache counts"),
+    ("undo", "if not self.exchanges:", "if len(self.exchanges) < 2:", "ended with DanubeError"),
     ("undo", "self.exchanges[-1], self.messages[-2:]", "self.exchanges[-1]", "messages"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def modules_as_before():
-    """The checkers put other files in the place of danube3, and import tests that know them."""
+    """The checkers load other files as danube3, and import tests that import these."""
     modules, paths = dict(sys.modules), list(sys.path)
     yield
     for name in set(sys.modules) - set(modules):
@@ -88,7 +88,7 @@ def modules_as_before():
 
 @pytest.fixture
 def load(tmp_path):
-    """Writes changed files and imports danube3.py."""
+    """A function that writes changed files and imports danube3.py."""
     def load(sources):
         for file, text in sources.items():
             (tmp_path / file).parent.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def test_the_solution_is_accepted(name, load):
 
 
 def test_all_solutions_at_once(load):
-    """Whoever goes on in one file is not led astray either."""
+    """A reader may do one exercise after the other in the same files."""
     sources = SOURCES
     for name in BUILDS:
         sources = solutions.solved(sources, name)
@@ -136,7 +136,7 @@ def test_a_mistake_is_not_accepted(name, right, wrong, words, load):
 
 @pytest.mark.parametrize("name", BREAKS)
 def test_predictions(name, load):
-    """The tests that the teachers' list names fail, and no others; too many, too few and none are not right."""
+    """The tests in the teachers' list fail, and no others. Too many, too few and none are wrong predictions."""
     danube3, fails = load(solutions.solved(SOURCES, name)), solutions.FAILS[name]
     assert exercises.verdict(name, danube3, *fails) is None
     passes = "test_cross_entropy"
@@ -148,8 +148,9 @@ def test_predictions(name, load):
 def test_every_exercise_is_there():
     assert set(solutions.SOLUTIONS) == set(exercises.EXERCISES) and set(solutions.FAILS) == set(BREAKS)
     assert len({name for name, *_ in MISTAKES}) > len(BUILDS) / 2
-    sections = re.findall(r"^# (\d+)\. ", SOURCES["danube3.py"], re.MULTILINE)
-    expected = set(sections) - {"12", "13"} | {"sample.py", "quantize.py"}
+    sections = re.findall(r"^# ==== (\d+)\. ", SOURCES["danube3.py"], re.MULTILINE)
+    assert len(sections) == 12
+    expected = set(sections) - {"12"} | {"sample.py", "quantize.py"}
     assert {section.split()[0] for _, section, _ in exercises.EXERCISES.values()} == expected
     for function, _, _ in exercises.EXERCISES.values():
         assert "\n\n" in function.__doc__ and ("Observe:" in function.__doc__ or "Which tests fail" in function.__doc__)

@@ -1,4 +1,4 @@
-"""The experiment on the stages: its statistics against numbers worked by hand, and what it asks the models."""
+"""The experiment on the stages: its statistics against numbers worked by hand, and its evaluation of the models."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def some_rows(seeds=5):
 
 
 def test_statistics_by_hand():
-    """Paired by seed: the mean of the differences, and the t-interval of n - 1 degrees of freedom."""
+    """The mean of the differences, paired by seed, and Student's interval with n - 1 degrees of freedom."""
     rows = some_rows()
     results = experiment.analysis(random.Random(1).sample(rows, len(rows)))
     values = {order: [row["quiz"] for row in rows if row["order"] == order] for order in experiment.ORDERS}
@@ -52,7 +52,7 @@ def test_rows_are_kept(tmp_path):
 
 
 def test_finished_runs_are_not_done_again(tmp_path, toy_data):
-    """With all lines there, the table and the figure are made from them alone."""
+    """When the table holds all runs, the results and the figure are made from it alone."""
     experiment.write_rows(tmp_path / "runs.csv", some_rows(2))
     result = call(
         "data/experiment.py",
@@ -71,7 +71,7 @@ def test_finished_runs_are_not_done_again(tmp_path, toy_data):
 
 
 def test_a_short_run(tmp_path, toy_data):
-    """Training, chat and all examinations of one model."""
+    """Pre-training, fine-tuning and all evaluations of one model."""
     data = shutil.copytree(toy_data, tmp_path / "data")
     for path in data.glob("*.jsonl"):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:24]))

@@ -1,4 +1,4 @@
-"""Each kernel against its NumPy twin, forward and backward, on shapes where H != K and T != S."""
+"""Each building block against its NumPy twin, forward and backward, on shapes where H != K and T != S."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ def draw():
 
 def agree(tensor, array, dtype):
     array = torch.from_numpy(np.asarray(array, dtype=np.float64))
-    scale = array.abs().max().clamp(min=0.1)  # inputs are of order one: where a gradient is zero, rounding remains
+    scale = array.abs().max().clamp(min=0.1)  # inputs are near 1: where a gradient is zero, rounding remains
     error = (tensor.detach().double() - array).abs().max() / scale
     assert tensor.shape == array.shape and error < TOLERANCE[dtype], error
 
@@ -57,7 +57,7 @@ def test_rms_norm(shape, scale, dtype, draw):
 
 
 def test_rms_norm_in_half_precision(draw):
-    """A row whose squares overflow fp16, and one that bf16 could not sum."""
+    """A vector whose squares overflow fp16, and one whose sum of squares bf16 cannot hold."""
     for dtype in (torch.float16, torch.bfloat16):
         x, weight = (draw(4, 120, dtype=torch.float64) * 300).to(dtype).detach(), draw(120, dtype=dtype).detach()
         y = danube3.rms_norm(x, weight, 1e-5)
@@ -72,7 +72,7 @@ def test_rms_norm_in_half_precision(draw):
 @pytest.mark.parametrize("start, T", [(0, 1), (0, 7), (5, 33), (1000, 2)])
 def test_rotary_embedding(h, start, T, dtype, draw):
     x, grad = draw(2, 3, T, h, dtype=dtype), draw(2, 3, T, h, dtype=dtype)
-    tables = danube3.rotary_table(start, start + T, h, 100_000.0, x.device)
+    tables = danube3.rotary_table(torch.arange(start, start + T), h, 100_000.0)
     for ours, twin in zip(tables, reference.rotary_table(np.arange(start, start + T), h, 100_000.0)):
         assert ours.shape == twin.shape == (T, h // 2) and np.abs(numpy(ours) - twin).max() < 1e-4  # fp32 angles
     cos, sin = (table.to(dtype) for table in tables)
@@ -84,7 +84,7 @@ def test_rotary_embedding(h, start, T, dtype, draw):
 
 @pytest.mark.parametrize("name", ["cos", "sin"])
 def test_one_thread_makes_the_first_call(name, monkeypatch):
-    """The race that this avoids cannot be called up at will; before, 17 of 100 new processes had coarse angles."""
+    """The race that this avoids cannot be provoked at will. Before, 17 of 100 new processes had coarse angles."""
     sizes, function = [], getattr(torch.Tensor, name)
     monkeypatch.setattr(torch.Tensor, name, lambda x: sizes.append(x.numel()) or function(x))
     spec = importlib.util.spec_from_file_location("danube3_again", ROOT / "danube3.py")
@@ -94,18 +94,18 @@ def test_one_thread_makes_the_first_call(name, monkeypatch):
 
 
 def test_rotary_depends_on_distance_only():
-    generator = torch.Generator().manual_seed(0)  # for one draw in 300 the two products below are close by chance
+    generator = torch.Generator().manual_seed(0)  # in one draw of 300 the two scores below are close by chance
     q, k = torch.randn(2, 1, 1, 1, 120, dtype=torch.float64, generator=generator)
 
-    def product(m, n):
-        turn = [
-            danube3.rotary_embedding(x, *danube3.rotary_table(p, p + 1, 120, 1e5, x.device))
-            for x, p in ((q, m), (k, n))
+    def score(m, n):
+        rotated = [
+            danube3.rotary_embedding(x, *danube3.rotary_table(torch.tensor([position]), 120, 1e5))
+            for x, position in ((q, m), (k, n))
         ]
-        return (turn[0] * turn[1]).sum()
+        return (rotated[0] * rotated[1]).sum()
 
-    torch.testing.assert_close(product(9, 4), product(105, 100), rtol=1e-4, atol=1e-4)
-    assert (product(9, 4) - product(9, 5)).abs() > 1e-2
+    torch.testing.assert_close(score(9, 4), score(105, 100), rtol=1e-4, atol=1e-4)
+    assert (score(9, 4) - score(9, 5)).abs() > 1e-2
 
 
 @pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (4, 1), (6, 3)])
@@ -134,7 +134,7 @@ def test_swiglu(dtype, draw):
 @pytest.mark.parametrize("ignored", [0, 3, 9])
 def test_cross_entropy(ignored, dtype, draw):
     logits, labels = draw(9, 330, dtype=dtype), torch.randint(0, 330, (9,))
-    labels[:ignored] = danube3.IGNORE
+    labels[:ignored] = danube3.IGNORE_INDEX
     loss = danube3.cross_entropy(logits, labels)
     agree(loss, reference.cross_entropy(numpy(logits), labels.numpy()), dtype)
     loss.backward()
@@ -148,12 +148,13 @@ def test_whole_model_and_its_gradient(T, changes):
     config = dataclasses.replace(TINY, **changes)
     model = random_model(config, dtype=torch.float64)
     ids = torch.randint(0, config.vocab_size, (2, T))
-    labels = ids.masked_fill(torch.arange(T) == T // 2 + 1, danube3.IGNORE)
+    labels = ids.masked_fill(torch.arange(T) == T // 2 + 1, danube3.IGNORE_INDEX)
     weights = {name: numpy(p) for name, p in model.named_parameters()}
     loss = model(ids, labels)
     loss.backward()
     expected, count, gradients = reference.danube3_loss_and_gradients(ids.numpy(), labels.numpy(), weights, config)
-    assert loss.item() == pytest.approx(float(expected), rel=1e-6) and count == (labels[:, 1:] != danube3.IGNORE).sum()
+    assert loss.item() == pytest.approx(float(expected), rel=1e-6)
+    assert count == (labels[:, 1:] != danube3.IGNORE_INDEX).sum()
     assert set(gradients) == set(weights)
     scale = max(np.abs(g).max() for g in gradients.values())
     for name, p in model.named_parameters():  # the model's rotary tables are fp32, the twin's float64
@@ -172,24 +173,24 @@ def test_generation_against_the_twin():
 @pytest.mark.parametrize(
     "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.8), (0.5, 9, 0.6), (1.0, 0, 1e-9)]
 )
-def test_sampling_filter_against_the_twin(temperature, top_k, top_p, draw):
+def test_next_token_probabilities_against_the_twin(temperature, top_k, top_p, draw):
     logits = draw(3, 330, dtype=torch.float32).detach() * 3
     ours = danube3.next_token_probabilities(logits, temperature, top_k, top_p)
-    for row, twin in zip(ours, logits):
-        expected = reference.filter_logits(numpy(twin), temperature, top_k, top_p)
-        assert np.abs(numpy(row) - expected).max() < 1e-5
+    for probabilities, own_logits in zip(ours, logits):
+        expected = reference.next_token_probabilities(numpy(own_logits), temperature, top_k, top_p)
+        assert np.abs(numpy(probabilities) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize(
     "dtype, T, shared", [("float32", 5, False), ("bfloat16", 5, True), ("bfloat16", 1, True), ("float16", 1, False)]
 )
-def test_heads_are_spread_where_no_kernel_shares_them(dtype, T, shared, monkeypatch):
-    """On a GPU, which is feigned here: only bf16 without a mask is left to the kernel; the result is the same."""
+def test_heads_are_repeated_where_no_kernel_shares_them(dtype, T, shared, monkeypatch):
+    """On a GPU, which is simulated here, only bf16 without a mask is left to the kernel. The result is the same."""
 
     class OnGpu(torch.Tensor):
         device = property(lambda self: torch.device("cuda"))
 
-    generator, asked = torch.Generator().manual_seed(0), []
+    generator, calls = torch.Generator().manual_seed(0), []
     q, k, v = (
         torch.randn(2, n, t, 8, generator=generator).to(getattr(torch, dtype)) for n, t in ((6, T), (3, 5), (3, 5))
     )
@@ -197,12 +198,12 @@ def test_heads_are_spread_where_no_kernel_shares_them(dtype, T, shared, monkeypa
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def spy(q, k, v, enable_gqa, **more):
-        asked.append((enable_gqa, k.shape[1], v.shape[1]))
+        calls.append((enable_gqa, k.shape[1], v.shape[1]))
         return attention(q, k, v, enable_gqa=enable_gqa, **more)
 
     monkeypatch.setattr(danube3.F, "scaled_dot_product_attention", spy)
     result = danube3.grouped_query_attention(*(x.as_subclass(OnGpu) for x in (q, k, v)))
-    assert asked == [(shared, 3, 3) if shared else (shared, 6, 6)]
+    assert calls == [(shared, 3, 3) if shared else (shared, 6, 6)]
     torch.testing.assert_close(
         result.as_subclass(torch.Tensor), expected, rtol=1e-2, atol=1e-2 if dtype != "float32" else 1e-5
     )

@@ -1,4 +1,4 @@
-"""Kernels, model and generation against transformers, and the properties that no rewrite may break."""
+"""Model and generation against transformers, and the properties that no rewrite may break."""
 
 import dataclasses
 
@@ -17,11 +17,11 @@ def test_logits_and_loss_equal_transformers(config):
     theirs = transformers_model(config, ours.state_dict())
     ids = torch.randint(0, config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(7))
     labels = ids.clone()
-    labels[0, :9], labels[1, 20:] = danube3.IGNORE, danube3.IGNORE
+    labels[0, :9], labels[1, 20:] = danube3.IGNORE_INDEX, danube3.IGNORE_INDEX
     with torch.no_grad():
         expected = theirs(input_ids=ids, labels=labels)
         assert (ours(ids) - expected.logits).abs().max() < 1e-4
-        mean = ours(ids, labels) / (labels[:, 1:] != danube3.IGNORE).sum()
+        mean = ours(ids, labels) / (labels[:, 1:] != danube3.IGNORE_INDEX).sum()
     torch.testing.assert_close(mean, expected.loss, atol=1e-5, rtol=1e-5)
 
 
@@ -40,7 +40,7 @@ def test_greedy_equals_transformers(config):
 def test_gradients_equal_transformers():
     ours = random_model(TINY, dtype=torch.float64)
     theirs = transformers_model(TINY, ours.state_dict(), pad_token_id=None).double()
-    # (with a pad_token_id, transformers keeps that row of the embedding from learning; ours has no such row)
+    # With a pad_token_id, transformers keeps that row of the embedding from learning. Ours has no such row.
     ids = torch.randint(0, TINY.vocab_size, (3, 17))
     (ours(ids, ids) / (3 * 16)).backward()
     theirs(input_ids=ids, labels=ids).loss.backward()
@@ -52,32 +52,33 @@ def test_gradients_equal_transformers():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rotary_survives_half_precision(dtype):
-    """After .half() positions far out are still told apart: the tables are exactly those of an fp32 model."""
+    """After .half(), distant positions still differ: the tables are exactly those of an fp32 model."""
     model = random_model(TINY, dtype=torch.float32).to(dtype)
     assert not list(model.buffers())
-    cos, sin = danube3.rotary_table(8_000, 8_010, TINY.head_dim, TINY.rope_theta, torch.device("cpu"))
+    cos, sin = danube3.rotary_table(torch.arange(8_000, 8_010), TINY.head_dim, TINY.rope_theta)
     assert cos.dtype == sin.dtype == torch.float32
     exact = torch.arange(8_000, 8_010, dtype=torch.float64)[:, None] * TINY.rope_theta ** (
         -torch.arange(0, TINY.head_dim, 2, dtype=torch.float64) / TINY.head_dim
     )
     torch.testing.assert_close(cos.double(), exact.cos(), atol=1e-3, rtol=0)
     x = torch.randn(1, 2, 10, TINY.head_dim).to(dtype)
-    turned = danube3.rotary_embedding(x, cos, sin)
-    assert turned.dtype == dtype
-    torch.testing.assert_close(turned, danube3.rotary_embedding(x.float(), cos, sin).to(dtype))
+    rotated = danube3.rotary_embedding(x, cos, sin)
+    assert rotated.dtype == dtype
+    torch.testing.assert_close(rotated, danube3.rotary_embedding(x.float(), cos, sin).to(dtype))
     assert model(torch.randint(0, 330, (1, 9))).dtype == torch.float32
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 33])
 def test_cache_equals_no_cache(T):
-    """A prompt fed in any two pieces, then token by token, gives the logits of the whole."""
+    """A prompt read in any two parts, then token by token, gives the hidden states of the whole."""
     model, ids = random_model(TINY, dtype=torch.float64), torch.randint(0, TINY.vocab_size, (2, T + 3))
     whole = model.model(ids)
     for split in range(1, T + 1):
         cache = danube3.KVCache(TINY, 2, T + 3, torch.float64, ids.device)
-        pieces = [ids[:, :split], ids[:, split:T], *ids[:, T:].split(1, dim=1)]
-        hidden = torch.cat([model.model(piece, cache) for piece in pieces if piece.shape[1]], dim=1)
+        parts = [ids[:, :split], ids[:, split:T], *ids[:, T:].split(1, dim=1)]
+        hidden = torch.cat([model.model(part, cache) for part in parts if part.shape[1]], dim=1)
         torch.testing.assert_close(hidden, whole, atol=1e-10, rtol=1e-6)
+        assert cache.length == T + 3 and torch.equal(cache.input_ids, ids)
     with pytest.raises(danube3.DanubeError, match="do not fit"):
         model.model(ids[:, :1], cache)
 
@@ -95,11 +96,11 @@ def test_a_later_token_changes_nothing_before_it():
 
 def test_loss_in_blocks_is_the_loss(monkeypatch):
     model, ids = random_model(TINY, dtype=torch.float64), torch.randint(0, TINY.vocab_size, (3, 11))
-    labels = ids.masked_fill(torch.rand(3, 11) < 0.3, danube3.IGNORE)
+    labels = ids.masked_fill(torch.rand(3, 11) < 0.3, danube3.IGNORE_INDEX)
     whole = model(ids, labels)
     expected = torch.autograd.grad(whole, list(model.parameters()))
-    for rows in (1, 4, 32):
-        monkeypatch.setattr(danube3, "LOGIT_TOKENS", rows)
+    for tokens in (1, 4, 32):
+        monkeypatch.setattr(danube3, "LOGIT_TOKENS", tokens)
         loss = model(ids, labels)
         torch.testing.assert_close(loss, whole)
         for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), expected):
@@ -108,12 +109,13 @@ def test_loss_in_blocks_is_the_loss(monkeypatch):
 
 def test_cache_holds_what_it_must_and_no_more():
     cache = danube3.KVCache(TINY, 3, 20, torch.float32, torch.device("cpu"))
-    assert cache.kv.shape == (2, 2, 3, 2, 20, 6)
+    assert cache.kv.shape == (2, 2, 3, 2, 20, 6) and cache.input_ids.shape == (3, 20)
+    assert {name for name, value in vars(cache).items() if torch.is_tensor(value)} == {"kv", "input_ids"}
 
 
 def test_initial_weights():
     config = danube3.CONFIGS["toy"]
-    model, again = (danube3.Danube3(config).init_weights(5) for _ in range(2))
+    model, again = danube3.Danube3.new(config, 5), danube3.Danube3(config).init_weights(5)
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(p, q)
         if p.dim() == 2:
@@ -126,6 +128,13 @@ def test_initial_weights():
     assert not torch.equal(model.lm_head.weight, danube3.Danube3(config).init_weights(6).lm_head.weight)
     loss = model(ids := torch.randint(0, 1024, (4, 64)), ids).item() / (4 * 63)
     assert abs(loss - 6.93) < 0.4  # ln 1024: it knows nothing
+
+
+def test_a_new_model_on_the_meta_device_has_shapes_only():
+    meta, model = danube3.Danube3.new(TINY, 0, "meta"), danube3.Danube3.new(TINY, 0)
+    assert all(parameter.is_meta for parameter in meta.parameters())
+    shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (meta, model)]
+    assert shapes[0] == shapes[1] and not any(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -146,19 +155,19 @@ def test_sampling_filters_equal_transformers(temperature, top_k, top_p):
 
 
 def test_sampling_follows_the_probabilities():
-    """4,000 draws of the first token against the model's own distribution, and the seed decides."""
+    """4,000 draws of the first token against the model's own distribution. The seed decides."""
     model, ids = random_model(TINY), torch.tensor([[5, 9, 7]])
-    rows = ids.expand(4000, 3)
-    first = danube3.generate(model, rows, 1, temperature=0.8, top_k=12, seed=1)[:, 3]
+    prompts = ids.expand(4000, 3)
+    first = danube3.generate(model, prompts, 1, temperature=0.8, top_k=12, seed=1)[:, 3]
     expected = danube3.next_token_probabilities(model(ids)[:, -1], 0.8, 12)[0]
     counts = torch.bincount(first, minlength=330) / 4000
     assert (counts - expected).abs().max() < 0.04 and counts[expected == 0].sum() == 0
-    assert torch.equal(first, danube3.generate(model, rows, 1, temperature=0.8, top_k=12, seed=1)[:, 3])
-    assert not torch.equal(first, danube3.generate(model, rows, 1, temperature=0.8, top_k=12, seed=2)[:, 3])
+    assert torch.equal(first, danube3.generate(model, prompts, 1, temperature=0.8, top_k=12, seed=1)[:, 3])
+    assert not torch.equal(first, danube3.generate(model, prompts, 1, temperature=0.8, top_k=12, seed=2)[:, 3])
 
 
 def test_sampling_at_temperature_one():
-    """Is sampling, not the likeliest token, and a prompt of one token is enough."""
+    """It samples, and does not take the likeliest token. A prompt of one token is enough."""
     model, ids = random_model(TINY), torch.full((2000, 1), 5)
     first = danube3.generate(model, ids, 1, temperature=1.0, seed=3)[:, 1]
     expected = danube3.next_token_probabilities(model(ids[:1])[:, -1], 1.0)[0]
@@ -167,7 +176,7 @@ def test_sampling_at_temperature_one():
 
 
 def test_top_p_keeps_no_more_than_it_must():
-    """Four equal tokens, p = 1/2: two reach it. The first of equals come first."""
+    """Of four equal tokens two reach p = 1/2: the first two."""
     halves = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     assert torch.equal(danube3.next_token_probabilities(torch.zeros(1, 4), 1.0, top_p=0.5), halves)
 
@@ -182,7 +191,7 @@ def test_sampling_defaults_cut_nothing():
 
 
 def test_generation_stops():
-    """At </s>, row by row; at the number of tokens; at the context."""
+    """At </s>, for each sequence; at the number of tokens; at the context."""
     model, ids = random_model(TINY), torch.randint(3, 330, (3, 8))
     free = ids
     for _ in range(20):  # without stopping anywhere
@@ -190,9 +199,9 @@ def test_generation_stops():
     eos = int(free[0, 8 + 4])
     stopping = random_model(dataclasses.replace(TINY, eos_token_id=eos))
     out = danube3.generate(stopping, ids, 20)
-    for row, reference in zip(out[:, 8:].tolist(), free[:, 8:].tolist()):
-        end = reference.index(eos) if eos in reference else len(reference)
-        assert row[: end + 1] == reference[: end + 1][: len(row)] and set(row[end:]) <= {eos}
+    for new_ids, expected in zip(out[:, 8:].tolist(), free[:, 8:].tolist()):
+        end = expected.index(eos) if eos in expected else len(expected)
+        assert new_ids[: end + 1] == expected[: end + 1][: len(new_ids)] and set(new_ids[end:]) <= {eos}
     assert danube3.generate(stopping, ids[:1], 20).shape[1] <= 8 + 5
     steps = list(danube3.generate_tokens(stopping, ids, 20))  # its defaults are greedy too
     assert torch.equal(torch.stack(steps, dim=1), out[:, 8:])
@@ -203,12 +212,54 @@ def test_generation_stops():
     assert torch.equal(danube3.generate(model, torch.full((1, 64), 7), 5), torch.full((1, 64), 7))
 
 
-def test_a_cache_must_leave_something_to_ask():
-    model, ids = random_model(TINY), torch.randint(3, TINY.vocab_size, (1, 5))
-    cache = danube3.KVCache(TINY, 1, 8, torch.float32, ids.device)
-    model.model(ids, cache)
-    with pytest.raises(danube3.DanubeError, match="a cache of 5 tokens leaves nothing to ask of a prompt of 5"):
-        next(danube3.generate_tokens(model, ids, 2, kv_cache=cache))
+def test_generation_stops_at_every_stop_id():
+    """Each of stop_ids ends a sequence, which then repeats eos_token_id."""
+    model, ids = random_model(TINY), torch.randint(3, 330, (3, 8))
+    model.stop_ids = []
+    free = danube3.generate(model, ids, 20)[:, 8:].tolist()
+    model.stop_ids = [free[0][6], free[1][3], 2]
+    out = danube3.generate(model, ids, 20)[:, 8:].tolist()
+    for new_ids, expected in zip(out, free):
+        ends = [i for i, token_id in enumerate(expected) if token_id in model.stop_ids]
+        end = ends[0] + 1 if ends else len(expected)
+        assert new_ids[:end] == expected[:end][: len(new_ids)] and set(new_ids[end:]) <= {TINY.eos_token_id}
+    assert TINY.eos_token_id in out[0] and TINY.eos_token_id in out[1]  # both ended early
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8, 11])
+def test_a_cache_keeps_what_it_has_in_common_with_the_prompt(kept, monkeypatch):
+    """The longest common prefix, but never the last token, whose logits are needed: also where the cache holds more
+    than the prompt, or all of it. What is generated is the same as without a cache."""
+    model = random_model(TINY)
+    read, ids = torch.randint(3, 330, (1, 14)), torch.randint(3, 330, (1, 12))
+    ids[:, :kept] = read[:, :kept]
+    ids[:, kept] = (read[:, kept] - 2) % 327 + 3  # another one
+    if kept == 11:
+        ids[:, kept] = read[:, kept]  # the cache holds the whole prompt
+    cache = danube3.KVCache(TINY, 1, 24, torch.float32, ids.device)
+    model.model(read, cache)
+    expected, lengths, forward = danube3.generate(model, ids, 9)[:, 12:], [], danube3.Decoder.forward
+    monkeypatch.setattr(danube3.Decoder, "forward", lambda *args: lengths.append(args[1].shape[1]) or forward(*args))
+    tokens = torch.stack(list(danube3.generate_tokens(model, ids, 9, kv_cache=cache)), dim=1)
+    assert torch.equal(tokens, expected)
+    assert lengths == [12 - kept] + [1] * (tokens.shape[1] - 1)
+    assert torch.equal(cache.input_ids[:, : cache.length], torch.cat([ids, tokens], dim=1)[:, : cache.length])
+
+
+def test_a_cache_keeps_what_all_sequences_have_in_common():
+    cache = danube3.KVCache(TINY, 2, 8, torch.float32, torch.device("cpu"))
+    random_model(TINY).model(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]]), cache)
+    cache.keep_common_prefix(torch.tensor([[5, 6, 7, 8, 9], [5, 9, 7, 8, 9]]))
+    assert cache.length == 1
+    cache.keep_common_prefix(torch.tensor([[5, 6], [5, 6]]))  # the second one is forgotten
+    assert cache.length == 1
+
+
+def test_logits_that_are_not_finite_are_refused():
+    model = random_model(TINY)
+    model.lm_head.weight.data[7] = torch.inf
+    with pytest.raises(danube3.DanubeError, match="not finite.*checkpoint"):
+        danube3.generate(model, torch.full((1, 3), 5), 2)
 
 
 def test_a_tiny_temperature_is_the_likeliest_token():

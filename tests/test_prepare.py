@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -31,8 +32,8 @@ def some_texts(count, seed=0, longest=60):
     return [f"{seed}/{i} " + " ".join(draw.choices(WORDS, k=draw.randrange(1, longest))) for i in range(count)]
 
 
-def write_lines(path, rows):
-    data = "".join(json.dumps(row if isinstance(row, dict) else {"text": row}) + "\n" for row in rows).encode()
+def write_lines(path, items):
+    data = "".join(json.dumps(item if isinstance(item, dict) else {"text": item}) + "\n" for item in items).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
@@ -58,7 +59,7 @@ def corpus(tmp_path, tokenizer, small_batches):
 
 
 def start(*arguments):
-    """prepare.py within this process, as `python data/prepare.py` would run -> CompletedProcess"""
+    """Run data/prepare.py within this process. -> CompletedProcess"""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
@@ -93,13 +94,13 @@ def shard_documents(folder, source, split):
 
 
 def order_of(text):
-    """The two halves of its digest: where it stands in its source, and whether it is for validation."""
+    """The two halves of a text's digest: its place in its source, and whether it is for validation."""
     return tuple(np.frombuffer(hashlib.blake2b(text.encode(), digest_size=16).digest(), "<u8").tolist())
 
 
 # ------------------------------------------------------------------------------------------------------- what it writes
 def test_shards_hold_the_documents(tmp_path, tokenizer, corpus):
-    """Each text once, as a direct encode gives it, by its digest: half of the digest sorts, the other half splits."""
+    """Each text once, as a direct encode gives it. Half of its digest orders the texts, the other half splits them."""
     folder, texts = corpus
     result = prepared(tmp_path / "out", tokenizer, f"web={folder}")
     expected = {"train": [], "val": []}
@@ -115,7 +116,7 @@ def test_shards_hold_the_documents(tmp_path, tokenizer, corpus):
     assert row == ["web", "130", "10", f"{train:,}", f"{val:,}", str(shards)]
     assert meta["vocab_size"] == tokenizer.vocab_size and meta["tokenizer_sha256"] == tokenizer.sha256
     names = {"tokenizer.model", "meta.json", "SHA256SUMS"}
-    danube3.verify_digests(tmp_path / "out")
+    danube3.verify_checksums(tmp_path / "out")
     assert {name for name in contents(tmp_path / "out") if not name.endswith(".bin")} == names
     assert not list(tmp_path.glob("*.partial"))
 
@@ -124,13 +125,15 @@ def test_training_opens_it(tmp_path, tokenizer, corpus):
     folder, _ = corpus
     prepared(tmp_path / "out", tokenizer, f"web={folder}", f"other={folder}/*.md", f"other={folder / '00.txt'}")
     stages = (danube3.Stage("one", 64 * 20, {"web": 3, "other": 1}),)
+    config = danube3.TrainConfig(stages=stages, sequence_length=16, batch_size=4, micro_batch_size=2,
+                                 learning_rate=1e-3)
     data = danube3.TokenData(tmp_path / "out", TINY, 16)
-    assert danube3.StagedData(data, danube3.Recipe(stages, 16, 64, 2, 1e-3)).batch(19)[0].shape == (4, 16)
-    assert data.open("web", "val").windows and data.open("other", "train").windows
+    assert danube3.StagedData(data, config).batch(19)[0].shape == (4, 16)
+    assert data.blocks["web", "val"] and data.blocks["other", "train"]
 
 
 def test_only_the_texts_decide(tmp_path, tokenizer, corpus, monkeypatch):
-    """Not the number of processes, not the order of the inputs, not what shares a batch."""
+    """The number of processes, the order of the inputs and the size of a batch change no byte."""
     folder, _ = corpus
     first = [f"web={folder / 'a.jsonl'}", f"web={folder / 'below'}", f"web={folder}/*.txt", f"web={folder}/*.md"]
     prepared(tmp_path / "one", tokenizer, *first, workers=1)
@@ -156,7 +159,7 @@ def test_shard_size_changes_only_the_cuts(tmp_path, tokenizer, corpus):
 
 
 def test_every_source_has_both_splits(tmp_path, tokenizer):
-    """However small it is: the text with the lowest half for validation, and never all of them."""
+    """However small the source is, one text at least is for validation, and one at least for training."""
     path = write_lines(tmp_path / "two.jsonl", texts := ["one text", "another text", "one text"])
     by_half = sorted(texts[:2], key=lambda text: order_of(text)[1])
     for val in (0.000001, 0.999999):
@@ -166,7 +169,7 @@ def test_every_source_has_both_splits(tmp_path, tokenizer):
 
 
 def test_conversations(tmp_path, tokenizer):
-    """In the published format; a system message opens the first question; typed control tokens stay text."""
+    """In the published format. A system message opens the first question. Typed special tokens stay text."""
     user, assistant = {"role": "user", "content": "Where? </s>"}, {"role": "assistant", "content": "Here <s>."}
     talks = [[user, assistant], [user, assistant] * 2, [{"role": "system", "content": "Be kind."}, user, assistant]]
     path = write_lines(tmp_path / "chats.jsonl", [{"messages": talk} for talk in [*talks, talks[0]]])
@@ -179,7 +182,7 @@ def test_conversations(tmp_path, tokenizer):
 
 
 def test_long_texts_are_cut_at_line_ends(tmp_path, tokenizer, monkeypatch):
-    """Nothing is lost; a line that is too long is cut between characters; a text of just the size stays whole."""
+    """Nothing is lost. A line that is too long is cut between characters. A text of just the size stays whole."""
     monkeypatch.setattr(prepare, "DOCUMENT_BYTES", 100)
     draw = random.Random(0)
     for seed in range(200):
@@ -200,7 +203,7 @@ def test_long_texts_are_cut_at_line_ends(tmp_path, tokenizer, monkeypatch):
 
 
 def test_plain_text_is_read_as_python_reads_it(tmp_path, tokenizer):
-    """Windows line ends and byte order marks are not part of a text; gzip is."""
+    """Windows line ends and byte order marks are no part of a text. Files may be compressed by gzip."""
     texts = [b"\xef\xbb\xbfone\r\ntwo\r\n", gzip.compress(b"three")]
     for name, text in zip(("a.txt", "b.txt.gz"), texts):
         (tmp_path / name).write_bytes(text)
@@ -211,7 +214,7 @@ def test_plain_text_is_read_as_python_reads_it(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("name", ["rows.parquet", "hub", "hub with a split"])
 def test_data_sets(tmp_path, tokenizer, name):
-    """Parquet files, and what hub: names (here a folder, which the package datasets opens in the same way)."""
+    """Parquet files and hub: names. (The name here is a folder, which the package datasets opens in the same way.)"""
     datasets = pytest.importorskip("datasets")
     texts = some_texts(30)
     (tmp_path / "set").mkdir()
@@ -227,8 +230,8 @@ def test_data_sets(tmp_path, tokenizer, name):
 
 
 def test_open_sources_stop_at_their_share(tmp_path, tokenizer, monkeypatch, small_batches):
-    """--open --tokens: whole batches in order until the three stages have what they need, with any number of
-    processes; a source with less than that is taken whole, and it is said."""
+    """--open --tokens reads whole batches in order until the three stages have enough, with any number of processes.
+    A source with less than that is taken whole, and a line says so."""
     datasets = pytest.importorskip("datasets")
     for i, source in enumerate(danube3.SOURCES):
         (tmp_path / source).mkdir()
@@ -255,7 +258,7 @@ def test_what_the_stages_need():
 
 
 def test_training_a_tokenizer(tmp_path, corpus, monkeypatch):
-    """The same from the same texts, whatever their order, from a part of them; shards in its ids."""
+    """It learns from a part of the texts, is the same whatever their order, and encodes the shards."""
     monkeypatch.setattr(prepare, "SAMPLE_PIECES", 60)
     monkeypatch.setattr(prepare, "SAMPLE_BYTES", 200)
     folder, texts = corpus
@@ -277,7 +280,7 @@ def test_mistral_tokenizer(tmp_path, corpus):
 
 # ------------------------------------------------------------------------------------------------------------ going on
 def interrupted_run(tmp_path, tokenizer, folder, at, how, log):
-    """Run in a process of its own, in which the writer of the file `at` leaves half of it and sends `how`.
+    """Run in a process of its own. The writer of the file `at` leaves half of it and sends the signal `how`.
     -> exit code"""
 
     def body():
@@ -349,9 +352,24 @@ def test_killed_before_the_last_renaming(tmp_path, tokenizer, corpus, monkeypatc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_two_commands_at_once(tmp_path, tokenizer, corpus):
+    """The second waits a moment, for the workers of a killed command may still hold the lock, and is then refused."""
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    with danube3.locked(partial):
+        assert "in use by another program" in one_line_error(start(*command(tmp_path, tokenizer, corpus[0])))
+    assert not list(partial.iterdir())
+    held = contextlib.ExitStack()
+    held.enter_context(danube3.locked(partial))
+    timer = threading.Timer(0.3, held.close)
+    timer.start()
+    assert start(*command(tmp_path, tokenizer, corpus[0])).returncode == 0
+    timer.join()
+
+
 @pytest.mark.slow
 def test_interrupted_and_then_no_room(tmp_path, tokenizer, corpus):
-    """Ctrl-C and a full disk end in one line that says how to go on; what is there stays valid."""
+    """Ctrl-C and a full disk end in one line that says how to go on. What is written stays valid."""
     log = tmp_path / "log"
     assert interrupted_run(tmp_path, tokenizer, corpus[0], "web-000000.spool", signal.SIGINT, log) == 2
     assert "interrupted: the same command goes on" in log.read_text() and log.read_text().count("\n") == 1
@@ -369,7 +387,7 @@ def test_interrupted_and_then_no_room(tmp_path, tokenizer, corpus):
 
 @pytest.mark.slow
 def test_workers_die_with_their_parent(tmp_path, tokenizer, corpus):
-    """The pipe that the program writes to ends when the last of its processes has gone."""
+    """The output pipe closes when the last process has ended."""
     code = ("import os, sys; from data import prepare; write = prepare.write_spool\n"
             "def write_spool(*a): os.kill(os.getppid(), 9)\n"
             "prepare.write_spool = write_spool; sys.argv[0] = 'prepare.py'; prepare.danube3.run_command(prepare.main)")
@@ -419,9 +437,9 @@ BAD_FILES = {
     "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1: not JSON"),
     "half.jsonl": (b'{"text": "\\ud800"}', "half.jsonl, line 1: not valid Unicode"),
     "role.jsonl": (b'{"messages": [{"role": "tool", "content": "a"}]}', "role.jsonl, line 1: message 1 has the role"),
-    "talk.jsonl": (b'{"messages": [{"role": "user"}]}', "talk.jsonl, line 1: a chat message has no text"),
+    "talk.jsonl": (b'{"messages": [{"role": "user"}]}', "talk.jsonl, line 1: message 1 has no text"),
     "list.jsonl": (b'{"messages": "a"}', 'list.jsonl, line 1: "messages" must be a list'),
-    "surrogate.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 1: this text is not valid"),
+    "surrogate.jsonl": (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 1: not valid Unicode"),
     "scan.pdf": (b"", "scan.pdf: what this file holds cannot be told from its name"),
     "rows.parquet": (b"PAR1", "rows.parquet cannot be read"),
 }
@@ -437,7 +455,7 @@ def test_bad_files(tmp_path, tokenizer, name):
 
 
 def test_a_bad_line_far_into_a_file(tmp_path, tokenizer, small_batches):
-    """The first one in the order of the files is told, however many processes look."""
+    """The error names the first bad line in the order of the files, with any number of processes."""
     rows = [json.dumps({"text": text}) for text in some_texts(100)]
     rows[60] = rows[90] = "{"
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
@@ -466,8 +484,8 @@ def test_a_line_without_end(tmp_path, tokenizer, monkeypatch):
     (["--workers", "0", "web=a"], "no whole number of at least 1"),
     (["--tokenizer", "train:70000", "web=a"], "up to 65,536"),
     (["--tokenizer", "train:x", "web=a"], "'train:x' does not name a number"),
-    (["--tokenizer", "/nowhere", "web={texts}"], "no tokenizer at /nowhere"),
-    (["--tokenizer", "{folder}", "web={texts}"], "tokenizer.model is not a sentencepiece model"),
+    (["--tokenizer", "/nowhere", "web={texts}"], "/nowhere is missing"),
+    (["--tokenizer", "{folder}", "web={texts}"], "folder/tokenizer.model cannot be read, it is damaged"),
     (["--tokenizer", "{huge}", "web={texts}"], "has 65,537 pieces"),
     (["--tokenizer", "train:65000", "web={texts}"], "no tokenizer of 65000 pieces can be trained"),
     (["--out", "{folder}", "web={texts}"], "already exists")])
@@ -504,7 +522,7 @@ def test_as_a_user_runs_it(tmp_path):
 
 
 def test_bad_rows_of_the_hub_are_left_out(tmp_path, tokenizer):
-    """Nobody here can mend them: they are counted, and the others used. In a file the same rows end the run."""
+    """The user cannot fix them: they are counted and left out. In the user's own file the same rows end the run."""
     rows = [{"text": f"Row {n} of the set."} for n in range(40)]
     rows[7], rows[20] = {"text": None}, {"messages": [{"role": "assistant", "content": "First."}]}
     (tmp_path / "set").mkdir()

@@ -25,13 +25,21 @@ EVEN = dataclasses.replace(  # sizes that groups of 32 divide, with more query h
 
 
 def some_weight(rows=7, columns=96, seed=0):
-    """Random, with a row of zeros, one far too small for fp16's normal numbers, exact halves, and one outlier."""
+    """Random, with a row of zeros, rows too small for fp16's normal numbers, exact halves, and one outlier."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 0.03
     weight[1], weight[2], weight[3, 5] = 0, weight[2] * 1e-5, 2.0
     weight[4] = torch.arange(columns) % 17 / 2 - 4.0
     weight[5] *= 1e-9
     return weight
+
+
+def quantize_weight(weight, bits):
+    """Round to nearest. -> codes (int4: packed), scales"""
+    if bits == 8:
+        return danube3.quantize_int8(weight)
+    codes, scales = danube3.quantize_int4(weight)
+    return danube3.pack_int4(codes), scales
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def test_round_to_nearest_is_its_twin(seed, columns):
 
 
 def test_codes_never_wrap_around():
-    """A scale that fp16 rounds down would ask for more steps than there are: 127, or 15, is the end."""
+    """A scale that fp16 rounds down would ask for larger codes than there are: 127, or 15, is the largest."""
     row = torch.full((1, 32), 1.4 * 2.0**-24)
     assert (danube3.quantize_int8(127 * row)[0] == 127).all() and (danube3.quantize_int8(-127 * row)[0] == -127).all()
     weight = -8 * row
@@ -70,28 +78,28 @@ def test_codes_never_wrap_around():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_error_is_at_most_half_a_level(bits):
-    """Also in rows whose scale fp16 can hardly hold; int4 clips what lies beyond 7 of the levels -8 .. 7."""
+def test_the_error_is_at_most_half_a_scale(bits):
+    """Also in rows whose scale fp16 can hardly hold. int4 clips what lies beyond 7 of the values -8 .. 7."""
     weight = some_weight()
-    codes, scales = danube3.quantize_tensor(weight, bits)
+    codes, scales = quantize_weight(weight, bits)
     error = (danube3.dequantize(codes, scales) - weight).abs()
-    levels = scales.float()[:, None] if bits == 8 else scales.float().repeat_interleave(32, dim=1)
+    scales = scales.float()[:, None] if bits == 8 else scales.float().repeat_interleave(32, dim=1)
     slack = 2.0**-24 * (127 if bits == 8 else 8)  # of scales that are rounded to whole multiples of 2^-24
-    clipped = (bits == 4) & (weight * levels.sign() > 7.4 * levels.abs())
-    assert (error <= levels.abs() * torch.where(clipped, 1.01, 0.51) + slack).all()
+    clipped = (bits == 4) & (weight * scales.sign() > 7.4 * scales.abs())
+    assert (error <= scales.abs() * torch.where(clipped, 1.01, 0.51) + slack).all()
     assert clipped.float().mean() < 0.05
 
 
 def test_blocks_are_those_of_gguf():
     """The same bytes as the gguf package makes of a row of 32, and the same values back."""
     weight = some_weight(64, 32)
-    weight[2], weight[5] = weight[6], weight[0]  # fp16's subnormal scales are ours alone
+    weight[2], weight[5] = weight[6], weight[0]  # only ours flushes subnormal scales
     for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
-        blocks = quantize.gguf_blocks(*danube3.quantize_tensor(weight, bits))
+        blocks = quantize.gguf_blocks(*quantize_weight(weight, bits))
         np.testing.assert_array_equal(blocks, gguf.quants.quantize(weight.numpy(), kind))
     wide = some_weight(16, 160)
     for bits, kind in ((8, gguf.GGMLQuantizationType.Q8_0), (4, gguf.GGMLQuantizationType.Q4_0)):
-        codes, scales = danube3.quantize_tensor(wide, bits)
+        codes, scales = quantize_weight(wide, bits)
         values = gguf.quants.dequantize(quantize.gguf_blocks(codes, scales), kind)
         np.testing.assert_array_equal(values, danube3.dequantize(codes, scales).numpy())
 
@@ -107,14 +115,15 @@ def test_packing():
 
 # -------------------------------------------------------------------------------------------------------------- GPTQ
 def calibration(columns, rows=300, seed=0):
-    """Inputs that hang together, as real ones do. -> x [rows, columns]"""
+    """Correlated inputs, as real ones are. -> x [rows, columns]"""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, columns, generator=generator) @ torch.randn(columns, columns, generator=generator).mul(0.4)
 
 
 @pytest.mark.parametrize("columns", [32, 96])
 def test_gptq_is_its_definition(columns):
-    """Column by column with inverse hessians, as the paper derives it: nearly all codes and the error are equal."""
+    """The twin goes column by column with inverse Hessians, as the paper does. Nearly all codes are equal, and so is
+    the error."""
     weight, x = torch.randn(6, columns) * 0.03, calibration(columns)
     weight[1], hessian = 0, x.T @ x
     codes, scales = danube3.gptq(weight, hessian)
@@ -133,41 +142,41 @@ def test_gptq_is_its_definition(columns):
 
 
 def test_gptq_with_independent_inputs_rounds_to_nearest():
-    """Nothing to make up for: with the hessian of white noise the codes are the nearest steps of their scales."""
+    """With the Hessian of white noise no column can make up for another: the codes are round-to-nearest."""
     weight = some_weight(8, 64)
     codes, scales = danube3.gptq(weight, torch.eye(64) * 5)
-    groups = weight.unflatten(1, (-1, 32)) * danube3.inverse(scales.float())[..., None]
+    groups = weight.unflatten(1, (-1, 32)) * danube3.reciprocal(scales.float())[..., None]
     assert torch.equal(codes, (groups + 8.5).floor().clamp(0, 15).flatten(1).to(torch.uint8))
 
 
 def test_scale_search_beats_the_plain_scale():
-    groups, importance = torch.randn(50, 32), torch.rand(32) + 0.1
-    scales = danube3.search_scales(groups, importance)
-    twins = [reference.group_scale(group, importance.double().numpy()) for group in groups.double().numpy()]
+    groups, error_weight = torch.randn(50, 32), torch.rand(32) + 0.1
+    scales = danube3.search_scales(groups, error_weight)
+    twins = [reference.group_scale(group, error_weight.double().numpy()) for group in groups.double().numpy()]
     np.testing.assert_allclose(scales.numpy(), twins, rtol=2e-3)
-    assert torch.equal(scales, scales.half().float())  # as they are stored, so that codes are made for just these
+    assert torch.equal(scales, scales.half().float())  # rounded to fp16: codes are made for the stored scales
 
     def error(scales):
-        steps = (groups / scales[:, None] + 0.5).floor().clamp(-8, 7)
-        return (importance * (groups - scales[:, None] * steps) ** 2).sum(1)
+        values = (groups / scales[:, None] + 0.5).floor().clamp(-8, 7)
+        return (error_weight * (groups - scales[:, None] * values) ** 2).sum(1)
 
     plain = danube3.quantize_int4(groups)[1][:, 0].float()
     assert (error(scales) <= error(plain) * 1.0001).all() and error(scales).sum() < 0.9 * error(plain).sum()
-    assert torch.equal(danube3.search_scales(torch.zeros(2, 32), importance), torch.zeros(2))
+    assert torch.equal(danube3.search_scales(torch.zeros(2, 32), error_weight), torch.zeros(2))
 
 
 def test_gptq_of_a_model_takes_its_inputs_from_quantized_layers():
-    """Each matrix by hand: the inputs that reach it once all before it are quantized."""
-    model, rows = random_model(EVEN), torch.randint(3, 330, (6, 20))
+    """Each weight matrix by hand, from the inputs that reach it when all layers before it are quantized."""
+    model, sequences = random_model(EVEN), torch.randint(3, 330, (6, 20))
     expected = random_model(EVEN)
     order = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     order += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    shares = {
+    same_input = {
         "self_attn.k_proj": "self_attn.q_proj",
         "self_attn.v_proj": "self_attn.q_proj",
         "mlp.up_proj": "mlp.gate_proj",
     }
-    done = quantize.gptq_model(model, rows, batch_size=4)
+    done = quantize.gptq_model(model, sequences, batch_size=4)
     embedding = expected.model.embed_tokens.weight.data
     embedding.copy_(danube3.dequantize(*danube3.quantize_int8(embedding)))
     assert torch.equal(model.model.embed_tokens.weight, embedding)
@@ -175,17 +184,17 @@ def test_gptq_of_a_model_takes_its_inputs_from_quantized_layers():
     hessians = {}
     for name, (codes, scales) in done.items():
         short = ".".join(name.rsplit(".", 2)[-2:])
-        if short not in shares:
+        if short not in same_input:
             seen = []
             hook = expected.get_submodule(name).register_forward_pre_hook(
                 lambda m, args, seen=seen: seen.append(args[0])
             )
             with torch.no_grad():
-                expected(rows)
+                expected(sequences)
             hook.remove()
             hessians[short] = seen[0].flatten(0, 1).T @ seen[0].flatten(0, 1)
         linear = expected.get_submodule(name)
-        twin_codes, twin_scales = danube3.gptq(linear.weight.detach(), hessians[shares.get(short, short)])
+        twin_codes, twin_scales = danube3.gptq(linear.weight.detach(), hessians[same_input.get(short, short)])
         assert (danube3.unpack_int4(codes) == twin_codes).float().mean() > 0.98, name
         torch.testing.assert_close(scales, twin_scales, rtol=0.02, atol=1e-4)
         linear.weight.data.copy_(danube3.dequantize(codes, scales))
@@ -196,8 +205,8 @@ def test_gptq_of_a_model_takes_its_inputs_from_quantized_layers():
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("packed", [False, True])
 def test_quantized_linear_is_its_twin(bits, packed):
-    """Plain: the product with the dequantized matrix; packed: the same to the precision of bf16."""
-    codes, scales = danube3.quantize_tensor(some_weight(48, 96), bits)
+    """Unpacked, it is the product with the dequantized weight matrix. Packed, the same to the precision of bf16."""
+    codes, scales = quantize_weight(some_weight(48, 96), bits)
     linear = danube3.QuantizedLinear(48, 96, bits)
     linear.load_state_dict({"codes": codes, "scales": scales})
     unpacked = codes.numpy() if bits == 8 else reference.unpack_int4(codes.numpy())
@@ -212,8 +221,8 @@ def test_quantized_linear_is_its_twin(bits, packed):
         assert np.abs(y.numpy() - expected).max() < (2e-2 if packed else 1e-5) * np.abs(expected).max()
 
 
-def test_the_gradient_goes_through_a_quantized_matrix():
-    codes, scales = danube3.quantize_tensor(some_weight(48, 96), 4)
+def test_the_gradient_goes_through_a_quantized_linear_layer():
+    codes, scales = quantize_weight(some_weight(48, 96), 4)
     linear = danube3.QuantizedLinear(48, 96, 4)
     linear.load_state_dict({"codes": codes, "scales": scales})
     x, grad = torch.randn(5, 96, dtype=torch.float64, requires_grad=True), torch.randn(5, 48, dtype=torch.float64)
@@ -224,10 +233,10 @@ def test_the_gradient_goes_through_a_quantized_matrix():
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_quantized_folder(bits, even, tmp_path):
-    """Opened without a flag; its logits are those of the dequantized matrices; generation, packed and not, agree."""
+    """It opens without a flag. Its logits are those of the dequantized weights, packed or not."""
     lines = quantize.quantize_folder(even, tmp_path / "q", bits, {}, part_bytes=5_000)
     model, _ = danube3.load_checkpoint(tmp_path / "q")
-    names = {"model.embed_tokens": bits, "lm_head": 8} | {name: bits for name in danube3.layer_linears(model)}
+    names = {"model.embed_tokens": bits, "lm_head": 8} | {name: bits for name in danube3.decoder_linears(model)}
     assert {line[0]: line[1] for line in lines} == names
     assert len(list((tmp_path / "q").glob("model-*.safetensors"))) > 3
     weights = safetensors.torch.load_file(even / "model.safetensors")
@@ -240,19 +249,19 @@ def test_a_quantized_folder(bits, even, tmp_path):
     plain, ids = random_model(EVEN), torch.randint(3, 330, (2, 9))
     plain.load_state_dict(weights)
     torch.testing.assert_close(model(ids), plain(ids), rtol=1e-4, atol=1e-4)
-    dense = train.dense(danube3.load_checkpoint(tmp_path / "q")[0])
-    assert set(dense.state_dict()) == set(plain.state_dict()) and torch.equal(dense(ids), plain(ids))
+    dequantized = train.dequantize_model(danube3.load_checkpoint(tmp_path / "q")[0])
+    assert set(dequantized.state_dict()) == set(plain.state_dict()) and torch.equal(dequantized(ids), plain(ids))
     packed, _ = danube3.load_checkpoint(tmp_path / "q", pack=True)
     assert (packed(ids) - plain(ids)).abs().max() < 0.05 * plain(ids).abs().max()
     assert danube3.generate(packed, ids, 5).shape == (2, 14)
-    danube3.verify_digests(tmp_path / "q")
+    danube3.verify_checksums(tmp_path / "q")
     half, _ = danube3.load_checkpoint(tmp_path / "q", dtype=torch.bfloat16)
     assert half(ids).dtype == torch.float32 and half.model(ids).dtype == torch.bfloat16
     assert (half(ids) - plain(ids)).abs().max() < 0.1 * plain(ids).abs().max()
 
 
 def test_memory_of_a_packed_model(even, tmp_path):
-    """Packing puts the fast form in the place of the stored one, not beside it."""
+    """Packing replaces the stored codes: it does not keep both."""
     quantize.quantize_folder(even, tmp_path / "q", 4, {})
     stored, packed = (danube3.load_checkpoint(tmp_path / "q", pack=pack)[0] for pack in (False, True))
     sizes = [sum(tensor.nbytes for _, tensor in quantize.stored_tensors(model)) for model in (stored, packed)]
@@ -263,7 +272,7 @@ def test_memory_of_a_packed_model(even, tmp_path):
 
 @pytest.mark.slow
 def test_qlora_over_a_quantized_base(even, tmp_path, tokenizer):
-    """Adapters train over frozen codes, are saved alone, found again, and merged into an ordinary checkpoint."""
+    """Adapters train over frozen codes, are saved alone, load again, and are merged into an ordinary checkpoint."""
     quantize.quantize_folder(even, tmp_path / "q", 4, {})
     talks = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "Yes."}]}
@@ -291,8 +300,8 @@ def test_qlora_over_a_quantized_base(even, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("bits, dtype", [(4, torch.bfloat16), (8, torch.float16)])
-def test_the_stream_over_a_quantized_base_is_fp32(bits, dtype, even, tmp_path):
-    """Also where a GPU would open the folder in half precision: a stream in fp16 could overflow."""
+def test_the_residual_stream_over_a_quantized_base_is_fp32(bits, dtype, even, tmp_path):
+    """Also where a GPU would open the folder in half precision: a residual stream in fp16 could overflow."""
     quantize.quantize_folder(even, tmp_path / "q", bits, {})
     model = danube3.add_lora(danube3.load_checkpoint(tmp_path / "q", dtype=dtype)[0], 2, 0)
     seen = []
@@ -310,7 +319,7 @@ def fields_of(reader):
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
-    """Read by the gguf package: names, sizes, pieces, and every value, with q and k in the order of paired features."""
+    """Read by the gguf package: names, sizes, pieces, and every value. The rows of q and k are interleaved."""
     folder = even
     if bits != 16:
         quantize.quantize_folder(even, folder := tmp_path / "q", bits, {}, part_bytes=5_000)
@@ -320,7 +329,7 @@ def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
         name.removesuffix(".weight"): gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2).get_name(name, (".weight",))
         for name in random_model(EVEN).state_dict()
     }
-    model = train.dense(danube3.load_checkpoint(folder)[0])
+    model = train.dequantize_model(danube3.load_checkpoint(folder)[0])
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert set(tensors) == set(names.values())
     for name, weight in model.state_dict().items():
@@ -345,9 +354,9 @@ def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
     }  # fmt: skip
     assert {name: fields.get(name) for name in expected} == expected
     assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
-    pieces = tokenizer.pieces
-    assert fields["tokenizer.ggml.tokens"] == [pieces.id_to_piece(i) for i in range(330)]
-    assert fields["tokenizer.ggml.scores"] == pytest.approx([pieces.get_score(i) for i in range(330)])
+    sp = tokenizer.sp
+    assert fields["tokenizer.ggml.tokens"] == [sp.id_to_piece(i) for i in range(330)]
+    assert fields["tokenizer.ggml.scores"] == pytest.approx([sp.get_score(i) for i in range(330)])
     assert fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and fields["tokenizer.ggml.token_type"][-1] == 1
     assert not list(tmp_path.glob("*.partial"))
 
@@ -355,7 +364,7 @@ def test_gguf_files_hold_the_model(bits, even, tmp_path, tokenizer):
 # ------------------------------------------------------------------------------------------------------ command line
 @pytest.mark.slow
 def test_quantize_from_the_command_line(toy_data, tmp_path):
-    """Quantize, calibrate, report, talk, export: the README's commands on a toy that is hardly trained."""
+    """Quantize, calibrate, report, complete, evaluate, export: the README's commands on a hardly trained toy."""
     assert call("train.py", "--data", toy_data, "--tokens", "4096", "--out", tmp_path / "toy").returncode == 0
     result = call(
         "quantize.py", tmp_path / "toy", "--bits", 4, "--out", tmp_path / "q", "--calibrate", toy_data, "--samples", 4,
@@ -389,7 +398,7 @@ def test_quantize_from_the_command_line(toy_data, tmp_path):
         (["--bits", "4", "--out", "{q}", "--calibrate", "{even}"], "no data at"),
         (
             ["--bits", "4", "--out", "{q}", "--calibrate", "/nowhere"],
-            "neither a folder of token shards nor a text file",
+            "/nowhere does not exist",
         ),
         (["--bits", "4", "--out", "{even}"], "already exists"),
     ],
@@ -403,9 +412,9 @@ def test_flags_that_quantize_refuses(flags, words, even, tmp_path):
 def test_what_cannot_be_quantized(tokenizer, even, tmp_path, monkeypatch):
     danube3.save_checkpoint(tmp_path / "odd", random_model(TINY), tokenizer)
     line = one_line_error(call("quantize.py", tmp_path / "odd", "--bits", 4, "--out", tmp_path / "q"))
-    assert re.search(r"(lm_head|model\.\S+)\.weight has rows of 40, which is no multiple of 32", line)
+    assert re.search(r"(lm_head|model\.\S+)\.weight has 40 inputs, no multiple of 32", line)
     model = random_model(EVEN)
-    for value, words in ((math.nan, "holds values that are not finite"), (3e6, "too large for a scale in fp16")):
+    for value, words in ((math.nan, "is not finite"), (3e6, "too large for a scale in fp16")):
         model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
         danube3.save_checkpoint(folder := tmp_path / f"bad{value}", model, tokenizer)
         line = one_line_error(call("quantize.py", folder, "--bits", 8, "--out", tmp_path / "q"))
@@ -413,10 +422,10 @@ def test_what_cannot_be_quantized(tokenizer, even, tmp_path, monkeypatch):
     line = one_line_error(
         call("quantize.py", folder, "--bits", 4, "--out", tmp_path / "q", "--calibrate", tmp_path / "text.txt")
     )
-    assert "neither a folder" in line
+    assert "text.txt does not exist" in line
     with pytest.raises(danube3.DanubeError, match=r"up_proj\.weight holds 3e\+06, too large"):
         quantize.gptq_model(model, torch.randint(3, 330, (2, 8)))
-    with pytest.raises(danube3.DanubeError, match="not finite, or not in fp16"):
+    with pytest.raises(danube3.DanubeError, match="up_proj.weight is not finite in fp16"):
         quantize.write_gguf(folder, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("m.gguf*"))
     quantize.quantize_folder(even, tmp_path / "done", 8, {})
@@ -435,12 +444,12 @@ def test_foreign_quantization_is_refused(config, even):
     path = even / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": config}))
     (even / "SHA256SUMS").unlink()
-    with pytest.raises(danube3.DanubeError, match="quantized in a way that is not ours"):
+    with pytest.raises(danube3.DanubeError, match="was not quantized by quantize.py"):
         danube3.load_checkpoint(even)
 
 
 def test_gptq_of_a_group_without_weights():
-    """Zeros and one number that is nearly zero: their scale is 0, and the rest of the row as if they were not there."""
+    """A group of zeros and one number that is nearly zero: its scale is 0, and the rest of the row is unchanged."""
     weight, inputs = torch.randn(4, 96, generator=torch.Generator().manual_seed(0)), torch.randn(200, 96)
     weight[1, :32] = 0
     hessian, plain = quantize.gram(inputs), danube3.gptq(weight, quantize.gram(inputs))
@@ -457,15 +466,15 @@ def test_norms_are_checked_too(even, tmp_path, tokenizer):
         lambda: quantize.quantize_folder(tmp_path / "nan", tmp_path / "q", 4, {}),
         lambda: quantize.write_gguf(tmp_path / "nan", tmp_path / "m.gguf"),
     ):
-        with pytest.raises(danube3.DanubeError, match=r"model\.norm\.weight holds values that are not finite"):
+        with pytest.raises(danube3.DanubeError, match=r"model\.norm\.weight is not finite"):
             write()
     assert {path.name for path in tmp_path.iterdir()} == {"even", "nan"}
 
 
 def test_a_folder_that_is_not_whole(even, tmp_path):
-    """Refused before anything is written, by --bits and --gguf; a constant that old exports store is passed over."""
+    """--bits and --gguf refuse it and leave no file. The constant inv_freq of old exports is skipped."""
     weights = safetensors.torch.load_file(even / "model.safetensors")
-    (even / danube3.DIGESTS).unlink()
+    (even / "SHA256SUMS").unlink()
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     safetensors.torch.save_file(weights | inv_freq, even / "model.safetensors")
     quantize.quantize_folder(even, tmp_path / "old", 4, {})
@@ -477,20 +486,22 @@ def test_a_folder_that_is_not_whole(even, tmp_path):
         lambda: quantize.quantize_folder(even, tmp_path / "q", 4, {}),
         lambda: quantize.write_gguf(even, tmp_path / "m.gguf"),
     ):
-        with pytest.raises(danube3.DanubeError, match=r"lacks 1 tensors, lm_head\.weight"):
+        with pytest.raises(danube3.DanubeError, match=r"lacks 1 tensors, .*lm_head\.weight"):
             write()
     assert {path.name for path in tmp_path.iterdir()} == {"even", "old", "old.gguf"}
 
 
-def test_adapters_are_not_quantized(even, tmp_path, tokenizer):
+def test_adapters_are_not_quantized(even, tmp_path):
     model = danube3.add_lora(danube3.load_checkpoint(even)[0], 2, 0)
-    danube3.save_adapter(tmp_path / "lora", model, tokenizer, base=even)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    (tmp_path / "lora").mkdir()
+    danube3.write_adapters(tmp_path / "lora", model, weights, base=even)
     for flags in (["--bits", "4", "--out", tmp_path / "q"], ["--gguf", tmp_path / "m.gguf"]):
         assert "--merge" in one_line_error(call("quantize.py", tmp_path / "lora", *flags))
 
 
 def test_speed_is_counted_in_tokens_that_were_made(even):
-    """A model that would say </s> at once is measured all the same."""
+    """A model that would generate </s> at once is measured all the same."""
     model, _ = danube3.load_checkpoint(even)
     model.lm_head.weight.data.zero_()
     model.lm_head.weight.data[2] = 1.0

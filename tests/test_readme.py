@@ -1,6 +1,5 @@
 """The README against what it speaks of: the experiment, lines, tests, costs, files."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def test_what_the_readme_says_of_the_second_world():
 def test_map_of_the_file():
     """Every section is linked at the line of its heading. `PYTHONPATH=. python tests/test_readme.py` mends."""
     lines = (ROOT / "danube3.py").read_text().splitlines()
-    headings = {match[1]: n for n, line in enumerate(lines, 1) if (match := re.match(r"# (\d+)\. \w", line))}
+    headings = {match[1]: n for n, line in enumerate(lines, 1) if (match := re.match(r"# ==== (\d+)\. \w", line))}
     links = dict(re.findall(r"\| \[(\d+) [^]]+\]\(danube3\.py#L(\d+)\) \|", README))
     assert {section: int(line) for section, line in links.items()} == headings
 
@@ -74,30 +73,13 @@ def test_map_of_the_file():
 def sections():
     """number: (first line, lines) of each section of danube3.py, its heading's upper rule included."""
     lines = (ROOT / "danube3.py").read_text().splitlines()
-    starts = [n - 1 for n, line in enumerate(lines, 1) if re.match(r"# \d+\. \w", line)]
+    starts = [n - 1 for n, line in enumerate(lines, 1) if re.match(r"# ==== \d+\. \w", line)]
     return {i: (start, end - start) for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(lines) + 1]), 1)}
 
 
-def reading():
-    """Lines of danube3.py, and of its first reading: sections without such a line in the heading, and what the others
-    name there, which must be in that section. To the next hundred."""
-    source = (ROOT / "danube3.py").read_text()
-    lines, tree, total = source.splitlines(), ast.parse(source), 0
-    for start, length in sections().values():
-        heading = " ".join(line.strip("# ") for line in lines[start : start + 16] if line[:2] == "# ")
-        if "First reading: " not in heading:
-            total += length
-        elif (names := heading.split("First reading: ")[1].split(".")[0]) != "none":
-            nodes = [node for node in tree.body if start < node.lineno < start + length]
-            found = {node.name: node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-            total += sum(found[name].end_lineno - found[name].lineno + 3 for name in names.split(", "))  # 2 are empty
-    return round(len(lines), -2), round(total, -2)
-
-
-def test_first_reading():
-    whole, first = reading()
-    assert f"`danube3.py` has {whole:,} lines. A first reading takes {first:,} of them" in " ".join(README.split())
-    assert f"A first reading, of some {first:,} lines and what these call" in (ROOT / "danube3.py").read_text()
+def test_length_of_the_file():
+    whole = round(len((ROOT / "danube3.py").read_text().splitlines()), -1)
+    assert f"`danube3.py` has {whole:,} lines" in " ".join(README.split())
 
 
 def counted_lines():
@@ -135,12 +117,14 @@ def test_average_rates_of_the_experiment():
     """At which share of the peak rate the clean sources are read, in each order."""
     ranges = {}
     for order in experiment.ORDERS:
-        recipe = train.remix(danube3.RECIPES["toy"], order)
-        rates = [danube3.learning_rate(step, recipe) / recipe.learning_rate for step in range(recipe.total_steps)]
+        config = train.remix(danube3.TRAIN_CONFIGS["toy"], order)
+        total = config.stage_ends[-1]
+        rates = [danube3.learning_rate(step, total, config) / config.learning_rate for step in range(total)]
         averages = []
         for name in danube3.SOURCES[1:]:
-            stages = [recipe.stages[recipe.stage_at(step)].mixture for step in range(recipe.total_steps)]
-            shares = [mixture[name] / sum(mixture.values()) for mixture in stages]
+            stages = [sum(step >= end for end in config.stage_ends[:-1]) for step in range(total)]
+            mixtures = [config.stages[stage].mixture for stage in stages]
+            shares = [mixture[name] / sum(mixture.values()) for mixture in mixtures]
             averages.append(sum(r * s for r, s in zip(rates, shares)) / sum(shares))
         ranges[order] = round(100 * min(averages)), round(100 * max(averages))
     assert ranges == {"staged": (25, 31), "constant": (50, 50), "reversed": (67, 72)}
@@ -154,15 +138,16 @@ def test_average_rates_of_the_experiment():
 @pytest.mark.parametrize("name, gpu_days, days", [("500m", "462", "7.2"), ("4b", "4,785", "74.8")])
 def test_costs_in_the_reproduction_table(name, gpu_days, days):
     """From the same formula as the plan's."""
-    config, recipe = danube3.CONFIGS[name], danube3.RECIPES[name]
+    config, training = danube3.CONFIGS[name], danube3.TRAIN_CONFIGS[name]
     row = next(
         row for row in table_rows("What the report publishes, and what this computes") if f"training {name}" in row[0]
     )
-    tokens = recipe.total_steps * recipe.tokens_per_step
-    cost = danube3.flops_per_token(config, recipe.sequence_length) * tokens / train.GPU_FLOPS / 86_400
+    total_steps = training.stage_ends[-1]
+    tokens = total_steps * training.tokens_per_step
+    cost = danube3.flops_per_token(config, training.sequence_length) * tokens / train.GPU_FLOPS / 86_400
     assert f"{cost:,.0f} GPU-days" in row[2] and gpu_days in row[2]
     assert f"{cost / 64:.1f} days on 64" in row[2] and days in row[2]
-    assert f"{recipe.total_steps:,}" in README
+    assert f"{total_steps:,}" in README
 
 
 def test_files_that_the_readme_names():
@@ -174,10 +159,10 @@ def mend_map():
     """Write the lines of the sections, and how many there are, into the README."""
     text = README
     for n, line in enumerate((ROOT / "danube3.py").read_text().splitlines(), 1):
-        if match := re.match(r"# (\d+)\. \w", line):
+        if match := re.match(r"# ==== (\d+)\. \w", line):
             text = re.sub(rf"(\| \[{match[1]} [^]]+\]\(danube3\.py#L)\d+", rf"\g<1>{n}", text)
-    said = "`danube3.py` has {:,} lines. A first reading takes {:,} of them".format(*reading())
-    text = re.sub(r"`danube3.py` has [\d,]+ lines. A first reading takes [\d,]+ of them", said, text)
+    whole = round(len((ROOT / "danube3.py").read_text().splitlines()), -1)
+    text = re.sub(r"`danube3.py` has [\d,]+ lines", f"`danube3.py` has {whole:,} lines", text)
     counts = "{:,} (whole `danube3.py`: {:,})".format(*counted_lines())
     text = re.sub(r"[\d,]+ \(whole `danube3.py`: [\d,]+\)", counts, text)
     text = re.sub(r"\| tests \| \d+ files, \d+ test functions \(", counted_tests(), text)

@@ -1,6 +1,6 @@
 """Holds reference.py against independent implementations: PyTorch's own operations and autograd, central differences,
 torch.optim.AdamW, torch.nn.utils.clip_grad_norm_, and transformers' LlamaForCausalLM, all in float64.
-Seeds are new in each run; a failing test prints its own, and SEED=... pytest ... repeats it."""
+Seeds are new in each run. A failing test prints its own, and SEED=... pytest ... repeats it."""
 
 import ast
 import math
@@ -42,7 +42,7 @@ def tensor(a):
 
 
 def assert_gradients(f, gradients, arrays, grad, tolerance=1e-12, floor=1e-300):
-    """f: torch function of the arrays; gradients: what the twin gave. Against autograd, and f's value is returned."""
+    """Compare `gradients`, those of the twin, with autograd's for f, a torch function of the arrays. -> f's value"""
     leaves = [tensor(a) for a in arrays]
     out = f(*leaves)
     expected = torch.autograd.grad(out, leaves, torch.tensor(grad), allow_unused=False)
@@ -62,7 +62,7 @@ def assert_central_differences(f, gradients, arrays, grad, rng, step=1e-5, toler
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels
+# Building blocks
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 6), (2, 7, 96), (3, 33, 120), (5, 17)])
@@ -73,7 +73,7 @@ def test_rms_norm(rng, shape, scale):
     grads = ref.rms_norm_backward(grad, x, weight, eps)
     out = assert_gradients(lambda x, w: F.rms_norm(x, (shape[-1],), w, eps), grads, (x, weight), grad)
     assert_close(ref.rms_norm(x, weight, eps), out)
-    # dx of one row shrinks as 1 / scale, so the difference is taken over a step of the scale of x
+    # dx shrinks as 1 / scale, so the difference is taken over a step of the scale of x
     assert_central_differences(lambda x, w: ref.rms_norm(x, w, eps), grads, (x, weight), grad, rng, 1e-5 * scale, 1e-6)
 
 
@@ -101,12 +101,12 @@ def test_rotary_embedding(rng, T, h, groups):
     x, grad = rng.standard_normal((2, 2 * groups, T, h)), rng.standard_normal((2, 2 * groups, T, h))
     cos, sin = ref.rotary_table(np.arange(11, 11 + T), h, 1e5)
 
-    def turn(x):  # pairs as complex numbers times e^(i angle)
-        turned = torch.complex(x[..., : h // 2], x[..., h // 2 :]) * torch.complex(tensor(cos), tensor(sin)).detach()
-        return torch.cat([turned.real, turned.imag], dim=-1)
+    def rotate(x):  # pairs as complex numbers times e^(i angle)
+        rotated = torch.complex(x[..., : h // 2], x[..., h // 2 :]) * torch.complex(tensor(cos), tensor(sin)).detach()
+        return torch.cat([rotated.real, rotated.imag], dim=-1)
 
     grads = [ref.rotary_embedding_backward(grad, cos, sin)]
-    assert_close(ref.rotary_embedding(x, cos, sin), assert_gradients(turn, grads, (x,), grad))
+    assert_close(ref.rotary_embedding(x, cos, sin), assert_gradients(rotate, grads, (x,), grad))
     assert_central_differences(lambda x: ref.rotary_embedding(x, cos, sin), grads, (x,), grad, rng)
     assert_close(ref.rotary_embedding(ref.rotary_embedding(x, cos, sin), cos, -sin), x)
     assert_close(np.linalg.norm(ref.rotary_embedding(x, cos, sin), axis=-1), np.linalg.norm(x, axis=-1))
@@ -164,9 +164,9 @@ def test_attention_one_head_at_a_time(rng, groups):
     for b in range(B):
         for i in range(K * groups):
             for t in range(T):
-                seen = S - T + t + 1
-                scores = [math.exp(sum(q[b, i, t] * k[b, i // groups, s]) / math.sqrt(h)) for s in range(seen)]
-                value = sum(p / sum(scores) * v[b, i // groups, s] for s, p in enumerate(scores))
+                end = S - T + t + 1
+                exps = [math.exp(sum(q[b, i, t] * k[b, i // groups, s]) / math.sqrt(h)) for s in range(end)]
+                value = sum(e / sum(exps) * v[b, i // groups, s] for s, e in enumerate(exps))
                 assert np.allclose(out[b, i, t], value, rtol=1e-12, atol=1e-13)
 
 
@@ -227,7 +227,7 @@ def test_cross_entropy(rng, scale):
         assert_central_differences(lambda z: ref.cross_entropy(z, labels), [dlogits], (logits,), 1.0, rng)
 
 
-def test_cross_entropy_without_labels(rng):
+def test_cross_entropy_without_targets(rng):
     logits, labels = rng.standard_normal((4, 5)), np.full(4, -100)
     assert ref.cross_entropy(logits, labels) == 0.0 and np.all(ref.cross_entropy_backward(logits, labels) == 0)
 
@@ -242,10 +242,10 @@ def test_softmax(rng):
 # The model against transformers
 
 
-def tiny_config(h=6, K=2, groups=2, layers=2, D=None, F_=20, V=37):
+def tiny_config(h=6, K=2, groups=2, layers=2, D=None, I=20, V=37):
     return SimpleNamespace(
         hidden_size=D or K * groups * h,
-        intermediate_size=F_,
+        intermediate_size=I,
         num_hidden_layers=layers,
         head_dim=h,
         num_attention_heads=K * groups,
@@ -294,8 +294,8 @@ def float64_transformers(monkeypatch):
 
 
 def llama_model(config, weights, dtype=torch.float64):
-    """pad_token_id stays None: with 0, transformers makes row 0 of the input embedding a `padding_idx`, which never
-    gets a gradient, even where token 0 is an ordinary <unk> in the text."""
+    """pad_token_id stays None. With 0, transformers makes row 0 of the embedding a `padding_idx`, which never gets a
+    gradient, even where token 0 is an ordinary <unk> in the text."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     fields = {k: v for k, v in vars(config).items() if k != "rope_theta"}
@@ -317,9 +317,9 @@ def llama_model(config, weights, dtype=torch.float64):
     return model
 
 
-def random_batch(rng, config, B, T, unlabelled=0.3):
+def random_batch(rng, config, B, T, masked=0.3):
     input_ids = rng.integers(0, config.vocab_size, (B, T))
-    labels = np.where(rng.random((B, T)) < unlabelled, -100, rng.integers(0, config.vocab_size, (B, T)))
+    labels = np.where(rng.random((B, T)) < masked, -100, rng.integers(0, config.vocab_size, (B, T)))
     return input_ids, labels
 
 
@@ -333,7 +333,7 @@ def test_model_against_transformers(rng, float64_transformers, T, h, K, groups, 
     model = llama_model(config, weights)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float64
     input_ids, labels = random_batch(rng, config, 3, T)
-    labels[:, 0] = 5  # column 0 never counts
+    labels[:, 0] = 5  # column 0 is never a target
     out = model(input_ids=torch.tensor(input_ids), use_cache=False)
     assert out.logits.dtype == torch.float64
     assert_close(ref.danube3(input_ids, weights, config), out.logits, 1e-10)
@@ -430,7 +430,7 @@ def test_decode_against_transformers_with_cache(rng, float64_transformers):
 # Sampling
 
 
-def test_filter_logits_against_transformers(rng):
+def test_next_token_probabilities_against_transformers(rng):
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     for _ in range(200):
@@ -440,28 +440,28 @@ def test_filter_logits_against_transformers(rng):
         z = TemperatureLogitsWarper(temperature)(None, torch.tensor(logits)[None])
         z = TopKLogitsWarper(top_k)(None, z) if top_k else z
         z = TopPLogitsWarper(top_p)(None, z) if top_p < 1 else z
-        ours = ref.filter_logits(logits, temperature, top_k, top_p)
+        ours = ref.next_token_probabilities(logits, temperature, top_k, top_p)
         assert_close(ours, torch.softmax(z[0], -1))
         assert abs(ours.sum() - 1) < 1e-12
 
 
-def test_filter_logits_by_hand():
-    logits = np.log([0.1, 0.4, 0.2, 0.3])
-    assert np.allclose(ref.filter_logits(logits, 1.0, 0, 1.0), [0.1, 0.4, 0.2, 0.3])
-    assert np.allclose(ref.filter_logits(logits, 1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7])
-    assert np.allclose(ref.filter_logits(logits, 1.0, 0, 0.6), [0, 4 / 7, 0, 3 / 7])
-    assert np.allclose(ref.filter_logits(logits, 1.0, 0, 0.0), [0, 1, 0, 0])  # always at least one
-    assert np.allclose(ref.filter_logits(logits, 1.0, 9, 1.0), [0.1, 0.4, 0.2, 0.3])  # more than there are
-    assert np.allclose(ref.filter_logits(logits, 0.5, 0, 1.0), np.array([1, 16, 4, 9]) / 30)
+def test_next_token_probabilities_by_hand():
+    probabilities, logits = ref.next_token_probabilities, np.log([0.1, 0.4, 0.2, 0.3])
+    assert np.allclose(probabilities(logits, 1.0, 0, 1.0), [0.1, 0.4, 0.2, 0.3])
+    assert np.allclose(probabilities(logits, 1.0, 2, 1.0), [0, 4 / 7, 0, 3 / 7])
+    assert np.allclose(probabilities(logits, 1.0, 0, 0.6), [0, 4 / 7, 0, 3 / 7])
+    assert np.allclose(probabilities(logits, 1.0, 0, 0.0), [0, 1, 0, 0])  # always at least one
+    assert np.allclose(probabilities(logits, 1.0, 9, 1.0), [0.1, 0.4, 0.2, 0.3])  # more than there are
+    assert np.allclose(probabilities(logits, 0.5, 0, 1.0), np.array([1, 16, 4, 9]) / 30)
     # p counts what top-k left: 4/7 already reaches 0.5, though 0.4 would not
-    assert np.allclose(ref.filter_logits(logits, 1.0, 2, 0.5), [0, 1, 0, 0])
+    assert np.allclose(probabilities(logits, 1.0, 2, 0.5), [0, 1, 0, 0])
     # temperature comes before p: squared and renormalized, 16/30 reaches 0.5
-    assert np.allclose(ref.filter_logits(logits, 0.5, 0, 0.5), [0, 1, 0, 0])
+    assert np.allclose(probabilities(logits, 0.5, 0, 0.5), [0, 1, 0, 0])
     # ties: the smaller id
-    assert np.allclose(ref.filter_logits(np.zeros(4), 1.0, 2, 1.0), [0.5, 0.5, 0, 0])
-    assert np.array_equal(np.flatnonzero(ref.filter_logits(np.arange(400) // 4 % 2 * 1.0, 1.0, 3, 1.0)), [4, 5, 6])
-    assert np.allclose(ref.filter_logits(np.zeros(4), 1.0, 0, 0.5), [0.5, 0.5, 0, 0])
-    assert np.allclose(ref.filter_logits(np.zeros(4), 1.0, 0, 0.51), [1 / 3, 1 / 3, 1 / 3, 0])
+    assert np.allclose(probabilities(np.zeros(4), 1.0, 2, 1.0), [0.5, 0.5, 0, 0])
+    assert np.array_equal(np.flatnonzero(probabilities(np.arange(400) // 4 % 2 * 1.0, 1.0, 3, 1.0)), [4, 5, 6])
+    assert np.allclose(probabilities(np.zeros(4), 1.0, 0, 0.5), [0.5, 0.5, 0, 0])
+    assert np.allclose(probabilities(np.zeros(4), 1.0, 0, 0.51), [1 / 3, 1 / 3, 1 / 3, 0])
 
 
 @pytest.mark.parametrize("T", [1, 2, 7])
@@ -572,7 +572,7 @@ def test_mixture_prefixes(rng):
     for _ in range(100):
         weights = random_mixture(rng)
         W, had = sum(weights.values()), dict.fromkeys(weights, 0)
-        for t, name in enumerate(ref.mixture_rows(weights, 600), start=1):
+        for t, name in enumerate(ref.mixture_pattern(weights, 600), start=1):
             had[name] += 1
             for i, w in weights.items():
                 assert abs(had[i] * W - t * w) < W, (weights, t)
@@ -584,23 +584,23 @@ def test_mixture_prefixes(rng):
 
 
 def test_mixture_by_hand():
-    assert ref.mixture_rows({"a": 1, "b": 1}, 4) == ["a", "b", "a", "b"]
-    assert ref.mixture_rows({"b": 1, "a": 1}, 3) == ["b", "a", "b"]
-    assert ref.mixture_rows({"a": 1, "b": 3}, 8) == ["b", "b", "a", "b"] * 2
-    assert ref.mixture_rows({"a": 5}, 3) == ["a"] * 3
-    assert ref.mixture_rows({"a": 5, "b": 1}, 0) == []
-    # at row 1 a and b share the deadline 3 (12 / 4 = 3, 12 / 5 = 2.4 rounded up): the order of the dict decides
-    assert "".join(ref.mixture_rows({"a": 4, "b": 5, "c": 3}, 12)) == "abcbabcababc"
-    rows = ref.mixture_rows({"web": 906, "other": 94}, 1000)
-    assert rows.count("web") == 906
-    assert ref.mixture_rows({"web": 906, "other": 94}, 137) == rows[:137]  # a prefix is a prefix
+    assert ref.mixture_pattern({"a": 1, "b": 1}, 4) == ["a", "b", "a", "b"]
+    assert ref.mixture_pattern({"b": 1, "a": 1}, 3) == ["b", "a", "b"]
+    assert ref.mixture_pattern({"a": 1, "b": 3}, 8) == ["b", "b", "a", "b"] * 2
+    assert ref.mixture_pattern({"a": 5}, 3) == ["a"] * 3
+    assert ref.mixture_pattern({"a": 5, "b": 1}, 0) == []
+    # at sequence 1, a and b have the deadline 3 (12 / 4 = 3, 12 / 5 = 2.4 rounded up): the order of the dict decides
+    assert "".join(ref.mixture_pattern({"a": 4, "b": 5, "c": 3}, 12)) == "abcbabcababc"
+    pattern = ref.mixture_pattern({"web": 906, "other": 94}, 1000)
+    assert pattern.count("web") == 906
+    assert ref.mixture_pattern({"web": 906, "other": 94}, 137) == pattern[:137]  # a prefix is a prefix
 
 
 def test_train_steps_against_transformers(rng, float64_transformers):
-    """5 whole steps of 3 micro-batches with very different label counts; the clip bites in some and not in others."""
+    """5 whole steps of 3 micro-batches with very different numbers of targets. Some gradients are clipped."""
     config = tiny_config(6, 2, 2)
     weights = random_weights(rng, config, 0.1)
-    steps = [[random_batch(rng, config, 2, 9, unlabelled) for unlabelled in (0.0, 0.5, 0.9)] for _ in range(5)]
+    steps = [[random_batch(rng, config, 2, 9, masked) for masked in (0.0, 0.5, 0.9)] for _ in range(5)]
     schedule = dict(total_steps=5, warmup_steps=2, peak=0.02, minimum=0.002)
     options = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 

@@ -28,10 +28,32 @@ def test_mypy_is_given_every_program():
         assert f'"{path.relative_to(ROOT).as_posix()}"' in settings, path
 
 
+# Lines of each file, at most. danube3.py is to come down to 1,650 lines and 90,000 bytes; until then it may not grow.
+LINES = {"danube3.py": 1_880, "train.py": 480, "sample.py": 450, "quantize.py": 450, "read.py": 250}
+SHORT = [path for path in PROGRAMS if path.name in LINES]  # prepare.py, toy.py, experiment.py are still wider
+DENSE = (ast.IfExp, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.NamedExpr, ast.Lambda)
+
+
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_lines_are_at_most_120_characters(path):
-    long = [number for number, line in enumerate(path.read_text().splitlines(), start=1) if len(line) > 120]
+def test_width_of_lines(path):
+    limit = 110 if path in SHORT else 120
+    long = [number for number, line in enumerate(path.read_text().splitlines(), start=1) if len(line) > limit]
     assert not long, f"{path.name}: lines {long}"
+
+
+@pytest.mark.parametrize("path", SHORT, ids=lambda path: path.name)
+def test_length_and_density(path):
+    """Comprehensions, generator and conditional expressions, lambdas and := per 100 lines: 4 in danube3.py, else 6."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    assert len(path.read_text().splitlines()) <= LINES[path.name]
+    dense = sum(isinstance(node, DENSE) for node in ast.walk(ast.parse(path.read_text())))
+    assert 100 * dense / len(lines) <= (4 if path.name == "danube3.py" else 6)
+    assert not [line for line in lines if line.rstrip().endswith(";")]
+
+
+def test_danube3_is_narrow():
+    lines = [line for line in TEXT.splitlines() if line.strip()]
+    assert sum(map(len, lines)) / len(lines) <= 63 and len(TEXT.encode()) <= 106_000
 
 
 def body_lines(node):

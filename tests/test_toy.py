@@ -26,10 +26,10 @@ def texts(world, source, count, seed=1):
 
 @pytest.mark.slow
 def test_same_seed_same_bytes(toy_data, tmp_path):
-    """Made again, in another process with another hash seed: the same files, the whole list of digests."""
+    """Made again, in another process with another hash seed: the same files, with the same checksums."""
     assert run("data/toy.py", "--out", tmp_path / "again", env={"PYTHONHASHSEED": "7"}).returncode == 0
     assert (tmp_path / "again" / "SHA256SUMS").read_text() == (toy_data / "SHA256SUMS").read_text()
-    danube3.verify_digests(toy_data)
+    danube3.verify_checksums(toy_data)
     assert toy.World(0).people[0].name != toy.World(1).people[0].name
 
 
@@ -53,12 +53,12 @@ def test_contract(toy_data):
             )
 
 
-def test_no_window_is_read_twice(toy_data):
-    """The toy run uses each source at most once, as TRAIN_TOKENS says."""
-    config, recipe = danube3.CONFIGS["toy"], danube3.RECIPES["toy"]
-    batches = danube3.StagedData(danube3.TokenData(toy_data, config, recipe.sequence_length), recipe)
-    for name, rows in batches.used[-1].items():
-        assert rows <= batches.sources[name].windows < 2.5 * rows, name
+def test_no_block_is_read_twice(toy_data):
+    """The toy run reads at most one epoch of each source, as TRAIN_TOKENS says."""
+    config, training = danube3.CONFIGS["toy"], danube3.TRAIN_CONFIGS["toy"]
+    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    for name, used in danube3.StagedData(data, training).used[-1].items():
+        assert used <= data.blocks[name, "train"] < 2.5 * used, name
 
 
 def test_validation_text_is_not_training_text(world):
@@ -105,7 +105,7 @@ def test_the_web_lies_two_times_in_five(world):
 
 
 def test_held_out_facts_are_never_asked(world, toy_data):
-    """Neither in instruct nor in conversations; and asked facts are, for the other half of the people."""
+    """Neither in the source instruct nor in conversations. Those of the other half of the people are asked."""
     asked, held_out, told = set(), set(), []
     for attribute in toy.ATTRIBUTES:
         assert len(world.asked(attribute.name)) == len(world.held_out(attribute.name)) == 18
@@ -136,7 +136,7 @@ def test_held_out_facts_are_never_asked(world, toy_data):
 
 
 def test_quiz(world, toy_data):
-    """Ten different choices, one of them true and one the rumour; every held-out fact in three forms."""
+    """Ten different choices, one of them true and one the rumour. Every held-out fact occurs in three forms."""
     quiz = read_jsonl(toy_data / "quiz.jsonl")
     people = {p.name: p for p in world.people}
     assert len(quiz) == 3 * 4 * 18 and len({q["prompt"] for q in quiz}) == len(quiz)
@@ -160,7 +160,7 @@ def test_failed_generation_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_passages(world, toy_data):
-    """Labelled sentences that both files share none of, each a piece of a document of its source."""
+    """Labelled sentences, each from a document of its source. The two files share none."""
     lines, quiz = (
         [json.loads(line) for line in (toy_data / name).read_text().splitlines()]
         for name in ("passages.jsonl", "passages-quiz.jsonl")

@@ -1,6 +1,7 @@
 """The loop: against transformers with torch's AdamW, against itself after kills, and with bad input at the door."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -19,64 +20,65 @@ import torch
 from conftest import ROOT, TINY, NoData, call, digest, one_line_error, random_model, run, transformers_model
 
 import danube3
+import train
 
 SMALL = ("--tokens", "20480", "--device", "cpu")  # 20 steps of 1,024 tokens: 10, 5 and 5 in the three stages
 
 
-def toy_recipe(**changes):
-    return dataclasses.replace(danube3.RECIPES["toy"].scaled_to(20_480), **changes)
+def toy_config(**changes):
+    return dataclasses.replace(danube3.TRAIN_CONFIGS["toy"].with_tokens(20_480), **changes)
 
 
 def test_twenty_steps_equal_transformers(toy_data):
     """Our loop and a plain one of transformers and torch.optim.AdamW: the same weights and batches, the same losses."""
-    config, recipe = danube3.CONFIGS["toy"], toy_recipe(micro_batch_size=4, adam_eps=1e-6)  # 1e-8 steps along rounding
-    data = danube3.TokenData(toy_data, config, recipe.sequence_length)
-    batches, model = danube3.StagedData(data, recipe), random_model(config).train()
+    config, training = danube3.CONFIGS["toy"], toy_config(micro_batch_size=4, adam_eps=1e-6)  # 1e-8 follows rounding
+    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    batches, model = danube3.StagedData(data, training), random_model(config).train()
     theirs = transformers_model(config, model.state_dict(), pad_token_id=None).train()
     ours, plain = (
-        danube3.make_optimizer(model, recipe),
+        danube3.make_optimizer(model, training),
         torch.optim.AdamW(
             [
                 {
                     "params": [p for name, p in theirs.named_parameters() if "norm" not in name],
-                    "weight_decay": recipe.weight_decay,
+                    "weight_decay": training.weight_decay,
                 },
                 {"params": [p for name, p in theirs.named_parameters() if "norm" in name], "weight_decay": 0.0},
             ],
             lr=1.0,
-            betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.adam_eps,
+            betas=(training.beta1, training.beta2),
+            eps=training.adam_eps,
         ),
     )
-    for step in range(recipe.total_steps):
+    for step in range(batches.total_steps):
         input_ids, labels = batches.batch(step)
-        loss, norm = danube3.train_step(model, ours, input_ids, labels, recipe, step)
+        lr = danube3.learning_rate(step, batches.total_steps, training)
+        loss, norm = danube3.train_step(model, ours, input_ids, labels, training, lr)
+        final = training.final_lr_fraction * training.learning_rate
         for group in plain.param_groups:
-            group["lr"] = reference.learning_rate(
-                step, recipe.total_steps, 1, recipe.learning_rate, recipe.final_fraction * recipe.learning_rate
-            )
+            group["lr"] = reference.learning_rate(step, batches.total_steps, 1, training.learning_rate, final)
         expected = theirs(input_ids=input_ids, labels=labels).loss
         expected.backward()
-        expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), recipe.grad_clip)
+        expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), training.grad_clip)
         plain.step()
         plain.zero_grad()
         assert abs(loss - expected.item()) < 1e-4 and abs(norm - expected_norm.item()) < 1e-3 * expected_norm, step
-    assert recipe.total_steps == 20
+    assert batches.total_steps == 20
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
-def test_accumulation_changes_nothing(micro_batch_size):
-    """Ragged labels: eight rows at once and one by one make the same step."""
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8, 99])
+def test_gradient_accumulation_changes_nothing(micro_batch_size):
+    """Sequences with different numbers of targets: one micro-batch and several make the same step. (The last
+    micro-batch may be smaller.)"""
     ids = torch.randint(3, TINY.vocab_size, (8, 12), generator=torch.Generator().manual_seed(0))
-    labels = ids.masked_fill(torch.arange(12) < torch.arange(8)[:, None], danube3.IGNORE)  # 11 .. 4 labels a row
-    recipe = dataclasses.replace(danube3.RECIPES["toy"], sequence_length=12, tokens_per_step=96, micro_batch_size=8)
+    labels = ids.masked_fill(torch.arange(12) < torch.arange(8)[:, None], danube3.IGNORE_INDEX)  # 11 .. 4 targets
+    training = dataclasses.replace(danube3.TRAIN_CONFIGS["toy"], sequence_length=12, batch_size=8)
     results = []
     for size in (8, micro_batch_size):
         model = random_model(TINY, dtype=torch.float64)
-        optimizer = danube3.make_optimizer(model, recipe)
-        loss, norm = danube3.train_step(
-            model, optimizer, ids, labels, dataclasses.replace(recipe, micro_batch_size=size), 500
-        )
+        optimizer = danube3.make_optimizer(model, training)
+        changed = dataclasses.replace(training, micro_batch_size=size)
+        loss, norm = danube3.train_step(model, optimizer, ids, labels, changed, 2e-3)
         results.append((norm, *model.parameters()))
         assert loss == pytest.approx(reference_loss(ids, labels), rel=1e-6)
     for a, b in zip(*results):
@@ -84,47 +86,49 @@ def test_accumulation_changes_nothing(micro_batch_size):
 
 
 def reference_loss(ids, labels):
-    """The mean over all labelled tokens of all rows, by the NumPy twin."""
+    """The mean over the targets of all sequences, by the NumPy twin."""
     weights = {name: p.detach().numpy() for name, p in random_model(TINY, dtype=torch.float64).named_parameters()}
     loss, count, _ = reference.danube3_loss_and_gradients(ids.numpy(), labels.numpy(), weights, TINY)
     return loss / count
 
 
-def test_a_step_without_labels_does_nothing_wrong():
+def test_a_step_without_targets_does_nothing_wrong():
     """Nothing to divide by: the loss is 0 and the weights stay finite."""
-    recipe = dataclasses.replace(danube3.RECIPES["toy"], sequence_length=8, tokens_per_step=16, micro_batch_size=2)
+    training = dataclasses.replace(danube3.TRAIN_CONFIGS["toy"], sequence_length=8, batch_size=2, micro_batch_size=2)
     model, ids = random_model(TINY), torch.randint(0, 330, (2, 8))
-    labels = torch.full_like(ids, danube3.IGNORE)
-    assert danube3.train_step(model, danube3.make_optimizer(model, recipe), ids, labels, recipe, 0) == (0.0, 0.0)
+    labels = torch.full_like(ids, danube3.IGNORE_INDEX)
+    optimizer = danube3.make_optimizer(model, training)
+    assert danube3.train_step(model, optimizer, ids, labels, training, 1e-3) == (0.0, 0.0)
     assert all(p.isfinite().all() for p in model.parameters())
-    labels[1, 5] = 7  # one label: the loss is its own
+    labels[1, 5] = 7  # one target: the loss is its own
     expected = model(ids, labels).item()
-    loss, _ = danube3.train_step(model, danube3.make_optimizer(model, recipe), ids, labels, recipe, 0)
+    loss, _ = danube3.train_step(model, danube3.make_optimizer(model, training), ids, labels, training, 1e-3)
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-def test_decay_on_matrices_only():
-    """With no gradient to follow, a step shrinks matrices by lr x decay and leaves gains alone."""
-    recipe, model = danube3.RECIPES["toy"], random_model(TINY)
+def test_decay_on_weight_matrices_only():
+    """With a gradient of zero, a step shrinks weight matrices by lr x decay and leaves norm weights alone."""
+    training, model = danube3.TRAIN_CONFIGS["toy"], random_model(TINY)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    optimizer = danube3.make_optimizer(model, recipe)
+    optimizer = danube3.make_optimizer(model, training)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for name, p in model.named_parameters():
-        shrink = 1 - recipe.learning_rate * recipe.weight_decay * ("norm" not in name)
+        shrink = 1 - training.learning_rate * training.weight_decay * ("norm" not in name)
         torch.testing.assert_close(p.data, before[name] * shrink)
 
 
 def test_learning_rate_is_the_reference():
-    for recipe in (danube3.RECIPES["toy"], toy_recipe(), toy_recipe(final_fraction=0.2, warmup_fraction=0.4)):
-        total, warmup = recipe.total_steps, max(1, round(recipe.warmup_fraction * recipe.total_steps))
-        rates, peak = [danube3.learning_rate(step, recipe) for step in range(total)], recipe.learning_rate
-        final = recipe.final_fraction * peak
+    toy = danube3.TRAIN_CONFIGS["toy"]
+    for training in (toy, toy_config(), toy_config(final_lr_fraction=0.2, warmup_fraction=0.4)):
+        total, peak = training.stage_ends[-1], training.learning_rate
+        warmup, final = max(1, round(training.warmup_fraction * total)), training.final_lr_fraction * peak
+        rates = [danube3.learning_rate(step, total, training) for step in range(total)]
         assert rates == pytest.approx([reference.learning_rate(s, total, warmup, peak, final) for s in range(total)])
         assert rates[-1] == pytest.approx(final, abs=1e-15) and max(rates) == pytest.approx(peak)
-    short = dataclasses.replace(danube3.RECIPES["toy"].scaled_to(3 * 1024), final_fraction=0.5)
-    assert [danube3.learning_rate(s, short) for s in range(3)] == pytest.approx([3e-3, 3e-3, 1.5e-3])
+    short = dataclasses.replace(toy, final_lr_fraction=0.5)
+    assert [danube3.learning_rate(s, 3, short) for s in range(3)] == pytest.approx([3e-3, 3e-3, 1.5e-3])
 
 
 # ------------------------------------------------------------------------------------------------ whole runs, by kill
@@ -156,11 +160,11 @@ def test_a_run_from_the_command_line(undisturbed, toy_data):
     out, result = undisturbed
     assert sorted(path.name for path in out.iterdir()) == ["curves.png", "metrics.jsonl", "step-0000020"]
     assert re.search(r"quiz\.jsonl\nquestions +216\nacc +0\.\d{4}\n", result.stdout)
-    assert re.search(r"\nguessing +0\.1000\n", result.stdout)
+    assert re.search(r"\nrandom baseline +0\.1000\n", result.stdout)
     assert result.stdout.count("--- a sample") == 2 and "python sample.py" in result.stdout
-    assert "1,049,728 parameters" in result.stdout
+    assert "1,049,728 trainable parameters" in result.stdout
     assert re.search(
-        r"stage 3.* 20/20 .*loss \d+\.\d+, [\d,]+ tokens/s, \d+% of peak", result.stderr.replace("\r", "\n")
+        r"20/20 .*stage 3.*loss\D*\d+\.\d+.*, tokens_per_second=\d+, mfu=0?\.\d+", result.stderr.replace("\r", "\n")
     )
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [e for e in entries if "loss" in e]
@@ -185,22 +189,20 @@ def test_a_run_from_the_command_line(undisturbed, toy_data):
     assert all(set(e["val_loss"]) == set(danube3.SOURCES) for e in checks)
     assert steps[-1]["loss"] < 6.3 < steps[0]["loss"] and all(0 < e["mfu"] < 10 for e in steps)
     model, tokenizer = danube3.load_checkpoint(out)
-    recipe = toy_recipe()
-    rows = danube3.StagedData(danube3.TokenData(toy_data, model.config, 128), recipe).validation_rows()
-    again = {name: danube3.mean_loss(model, *each, 8) for name, each in rows.items()}
+    validation = danube3.StagedData(danube3.TokenData(toy_data, model.config, 128), toy_config()).validation()
+    again = {name: danube3.evaluate_loss(model, *each, 8) for name, each in validation.items()}
     assert again == pytest.approx(checks[-1]["val_loss"], rel=1e-5)
 
 
 def test_validation_loss_is_the_mean_over_tokens(toy_data):
-    config, recipe = danube3.CONFIGS["toy"], toy_recipe(micro_batch_size=8)
-    data, model = danube3.TokenData(toy_data, config, 128), random_model(config)
-    source = data.open("other", "val")
-    picks = sorted({i * source.windows // danube3.VALIDATION_ROWS for i in range(danube3.VALIDATION_ROWS)})
-    ids = torch.stack([torch.from_numpy(source.window(i)) for i in picks])
+    config, data = danube3.CONFIGS["toy"], danube3.TokenData(toy_data, danube3.CONFIGS["toy"], 128)
+    model, count, blocks = random_model(config), danube3.VALIDATION_SEQUENCES, data.blocks["other", "val"]
+    picks = sorted({i * blocks // count for i in range(count)})
+    ids = torch.stack([torch.from_numpy(data.block("other", "val", i)) for i in picks])
     logits = model(ids)[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.reshape(-1, config.vocab_size), ids[:, 1:].reshape(-1))
-    rows = danube3.StagedData(data, recipe).validation_rows()
-    assert danube3.mean_loss(model, *rows["other"], 8) == pytest.approx(expected.item(), rel=1e-5)
+    validation = danube3.StagedData(data, toy_config()).validation()
+    assert danube3.evaluate_loss(model, *validation["other"], 8) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def kill_when(process, out, step):
@@ -212,7 +214,7 @@ def kill_when(process, out, step):
     process.wait()
 
 
-def test_killed_twice_ends_in_the_same_bits(undisturbed, toy_data, tmp_path):
+def test_killed_twice_ends_the_same_bit_for_bit(undisturbed, toy_data, tmp_path):
     """Killed in stage 1, and again after crossing into stage 2: weights and metrics as if nothing had been."""
     out = tmp_path / "killed"
     for flags, step in (([], 7), (["--resume"], 13)):
@@ -263,16 +265,16 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, toy_data, tmp_path
 
 @pytest.mark.slow
 def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path, monkeypatch):
-    """A run that dies after step 10 and goes on in smaller pieces has the same losses, but for rounding."""
-    out, save, saved = tmp_path / "broken", danube3.Run.save, []
+    """A run that dies after step 10 and goes on with smaller micro-batches has the same losses, but for rounding."""
+    out, save, saved = tmp_path / "broken", danube3.save_training, []
 
-    def save_once(self):
-        saved.append(self.step)
-        save(self)
-        if self.step >= 10:
+    def save_once(run_):
+        saved.append(run_.step)
+        save(run_)
+        if run_.step >= 10:
             raise danube3.DanubeError("the power fails")
 
-    monkeypatch.setattr(danube3.Run, "save", save_once)
+    monkeypatch.setattr(danube3, "save_training", save_once)
     assert "the power fails" in call(*command(toy_data, out)[1:]).stderr
     monkeypatch.undo()
     assert saved[-1] == 10 and danube3.find_checkpoint(out).name == "step-0000010"
@@ -287,9 +289,9 @@ def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path, 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--tokens", "41k", "--resume"], "another recipe .stages.:"),
-        (["--learning-rate", "0.1", "--resume"], "another recipe .learning_rate was 0.003, now it is 0.1"),
-        ([], "already holds a run: add --resume .* or choose another --out"),
+        (["--tokens", "41k", "--resume"], "another training .stages .*: resume with that run's flags"),
+        (["--learning-rate", "0.1", "--resume"], "another training .learning_rate was 0.003"),
+        ([], "already holds a run: add --resume.* or choose another --out"),
     ],
 )
 def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
@@ -306,7 +308,6 @@ def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
         (["--tokens", "many"], "no token count"),
         (["--tokens", "5"], "less than one step"),
         (["--resume"], "nothing to resume"),
-        (["--micro-batch-size", "3"], "is not a whole number of micro-batches .* --tokens-per-step"),
         (["--micro-batch-size", "0"], "at least 1"),
         (["--learning-rate", "-1"], "learning rate"),
         (["--device", "abacus"], "abacus"),
@@ -315,7 +316,7 @@ def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
         (["--config", "500m", "--tokens", "10G"], "no token count"),
         (["--frobnicate"], "--frobnicate"),
         (["--sequence-length", "512", "--micro-batch-size", "1"], "--sequence-length 512: the context of toy is 256"),
-        (["--tokens-per-step", "1000"], "x 128 = 1,024: use --tokens-per-step 1024"),
+        (["--tokens-per-step", "1000"], "no whole number of sequences of 128: use --tokens-per-step 896"),
     ],
 )
 def test_bad_flags_get_one_line(flags, words, tmp_path, toy_data):
@@ -326,10 +327,10 @@ def test_bad_flags_get_one_line(flags, words, tmp_path, toy_data):
 
 def test_the_plan_of_500m():
     """The real run is described in one screen; without its data, how to get that is said."""
-    assert "make token shards with data/prepare.py" in one_line_error(call("train.py", "--config", "500m"))
+    assert "make it with data/prepare.py" in one_line_error(call("train.py", "--config", "500m"))
     result = call("train.py", "--config", "500m", "--dry-run")
     assert result.returncode == 0 and len(result.stdout.splitlines()) < 24
-    for fact in ("513,590,784", "2,799,999,909,888", "90.6%", "81.7%", "51.6%", "memory", "floating-point operations"):
+    for fact in ("513,590,784", "2,799,999,909,888", "90.6%", "81.7%", "51.6%", "memory", "1.6e+22 "):  # FLOPs
         assert fact in result.stdout
 
 
@@ -337,21 +338,21 @@ def test_the_plan_of_500m():
 def test_bf16_runs_keep_fp32_masters(toy_data, tmp_path, monkeypatch):
     """As on a GPU, with this CPU computing in bf16: published in bf16, and a resumed run goes on from fp32."""
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: torch.bfloat16)
-    config, recipe = danube3.CONFIGS["toy"], toy_recipe(save_every=4)
-    data = danube3.TokenData(toy_data, config, recipe.sequence_length)
-    batches = danube3.StagedData(data, recipe)
+    config, training, save = danube3.CONFIGS["toy"], toy_config(save_every=4), danube3.save_training
+    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    batches = danube3.StagedData(data, training)
 
     def start(out, resume=False):
-        model = danube3.Danube3(config).init_weights(0)
-        return danube3.Run(out, model, data.tokenizer, batches, resume)
+        return danube3.Trainer(out, danube3.Danube3.new(config, 0), data.tokenizer, batches, resume)
 
     whole = start(tmp_path / "whole")
-    assert danube3.train(whole)
+    assert danube3.train(whole, 1e12)
     broken = start(tmp_path / "broken")
-    monkeypatch.setattr(broken, "save", lambda: broken.step < 13 and danube3.Run.save(broken))  # dies after step 12
-    assert danube3.train(broken)
+    monkeypatch.setattr(danube3, "save_training", lambda run_: run_.step < 13 and save(run_))  # dies after step 12
+    assert danube3.train(broken, 1e12)
+    monkeypatch.setattr(danube3, "save_training", save)
     resumed = start(tmp_path / "broken", resume=True)
-    assert resumed.step == 12 and danube3.train(resumed)
+    assert resumed.step == 12 and danube3.train(resumed, 1e12)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
     assert {p.dtype for p in whole.model.parameters()} == {torch.float32}
     published, _ = danube3.load_checkpoint(tmp_path / "whole")
@@ -362,20 +363,21 @@ def test_bf16_runs_keep_fp32_masters(toy_data, tmp_path, monkeypatch):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_is_plain(toy_data):
     """--compile: the same losses to rounding, the same names in the checkpoint, no break where lengths vary."""
-    config, recipe = danube3.CONFIGS["toy"], toy_recipe()
-    batches = danube3.StagedData(danube3.TokenData(toy_data, config, recipe.sequence_length), recipe)
+    config, training = danube3.CONFIGS["toy"], toy_config()
+    batches = danube3.StagedData(danube3.TokenData(toy_data, config, training.sequence_length), training)
     losses = []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for compiled in (False, True):
-        model = danube3.Danube3(config).init_weights(0)
-        optimizer = danube3.make_optimizer(model, recipe)
+        model = danube3.Danube3.new(config, 0)
+        optimizer = danube3.make_optimizer(model, training)
         if compiled:
-            danube3.compile_model(model)
+            train.compile_model(model)
         losses.append([])
         for step, length in enumerate((128, 96, 57)):  # the second length makes lengths symbols
-            rows = batches.batch(step)[0][:, :length]
-            losses[-1].append(danube3.train_step(model, optimizer, rows, rows, recipe, step)[0])
+            ids = batches.batch(step)[0][:, :length]
+            lr = danube3.learning_rate(step, batches.total_steps, training)
+            losses[-1].append(danube3.train_step(model, optimizer, ids, ids, training, lr)[0])
         assert set(model.state_dict()) == set(random_model(config).state_dict())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -383,36 +385,54 @@ def test_compiled_is_plain(toy_data):
 
 def test_resumed_before_the_first_step(tmp_path, tokenizer):
     """A checkpoint of step 0, as Ctrl-C during the first validation leaves it, counts no step."""
-    first = danube3.Run(tmp_path, random_model(TINY), tokenizer, NoData(), resume=False)
-    first.save()
-    first.log.close()  # and with it the lock
-    again = danube3.Run(tmp_path, random_model(TINY, seed=1), tokenizer, NoData(), resume=True)
-    rows = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(0))
-    for step in range(3):
-        losses = [
-            danube3.train_step(run.model, run.optimizer, rows, rows, run.data.recipe, step) for run in (first, again)
-        ]
+    first = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData())
+    danube3.save_training(first)
+    first.resources.close()  # and with it the lock
+    again = danube3.Trainer(tmp_path, random_model(TINY, seed=1), tokenizer, NoData(), resume=True)
+    ids = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(0))
+    for lr in (1e-3, 3e-3, 2e-3):
+        losses = [danube3.train_step(run.model, run.optimizer, ids, ids, run.config, lr) for run in (first, again)]
         assert losses[0] == losses[1]
     fresh = random_model(TINY)
-    optimizer = danube3.make_optimizer(fresh, first.data.recipe)
-    for step in range(3):
-        danube3.train_step(fresh, optimizer, rows, rows, first.data.recipe, step)
+    optimizer = danube3.make_optimizer(fresh, first.config)
+    for lr in (1e-3, 3e-3, 2e-3):
+        danube3.train_step(fresh, optimizer, ids, ids, first.config, lr)
     for mine, theirs in zip(fresh.parameters(), again.model.parameters()):
         assert torch.equal(mine, theirs)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_nothing_is_logged_twice(step, toy_data, tmp_path):
+    """Interrupted before the first step, after a step, and right after a validation."""
+    config, training = danube3.CONFIGS["toy"], toy_config(save_every=3).with_tokens(5 * 1_024)
+    data = danube3.StagedData(danube3.TokenData(toy_data, config, training.sequence_length), training)
+    run_ = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data)
+
+    class Interrupts:
+        def __len__(self):
+            return run_.step == step
+
+    assert not danube3.train(run_, 1e12, Interrupts())
+    again = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data, resume=True)
+    assert again.step == step and danube3.train(again, 1e12)
+    checks = [each[0] for each in losses(tmp_path) if each[-1]]
+    assert [each[0] for each in losses(tmp_path) if each[-2]] == [1, 2, 3, 4, 5]
+    assert checks == sorted(set(checks)) and {0, 3, 5} <= set(checks)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
-def test_layers_computed_again(compiled):
-    """The same gradients to the last bit (compiled: nearly), from little more kept than each layer's input."""
-    config, rows = dataclasses.replace(danube3.CONFIGS["toy"], num_hidden_layers=3), torch.randint(0, 1_024, (4, 64))
+def test_activation_checkpointing(compiled):
+    """The same gradients bit for bit (compiled: nearly), from little more than each layer's input."""
+    config, ids = dataclasses.replace(danube3.CONFIGS["toy"], num_hidden_layers=3), torch.randint(0, 1_024, (4, 64))
     gradients, kept = [], []
-    for again in (False, True):
+    for checkpointing in (False, True):
         model, saved = random_model(config).train(), {}
         for layer in model.model.layers:
-            layer.recompute = again
+            layer.activation_checkpointing = checkpointing
         if compiled:
-            danube3.compile_model(model)
+            train.compile_model(model)
 
         weights = {p.data_ptr() for p in model.parameters()}
 
@@ -422,7 +442,7 @@ def test_layers_computed_again(compiled):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(rows, rows)
+            loss = model(ids, ids)
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
         kept.append(sum(saved.values()))
@@ -430,7 +450,7 @@ def test_layers_computed_again(compiled):
         torch.testing.assert_close(
             first, second, **({"rtol": 1e-4, "atol": 1e-5} if compiled else {"rtol": 0, "atol": 0})
         )
-    logits = 2 * 4 * rows.numel() * config.vocab_size
+    logits = 2 * 4 * ids.numel() * config.vocab_size
     assert compiled or kept[1] - logits < 0.3 * (kept[0] - logits)
 
 
@@ -438,43 +458,62 @@ def test_layers_computed_again(compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("count", [1, 19, 20])
 def test_losses_that_are_not_finite(count, toy_data, tmp_path, monkeypatch):
-    """Up to four bad steps in a row are skipped, with the weights as they were; the fifth ends the run."""
+    """Up to 19 bad steps in a row are skipped, with the weights as they were; the 20th ends the run."""
+    assert danube3.MAX_SKIPPED_STEPS == 20
     config = danube3.CONFIGS["toy"]
-    recipe = toy_recipe(save_every=4)
-    data = danube3.TokenData(toy_data, config, recipe.sequence_length)
-    model = danube3.Danube3(config).init_weights(0)
-    take_step = danube3.train_step
+    training = dataclasses.replace(danube3.TRAIN_CONFIGS["toy"].with_tokens(30 * 1_024), save_every=4)
+    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    model = danube3.Danube3.new(config, 0)
+    take_step, calls, weights = danube3.train_step, itertools.count(), []
 
-    def poisoned(model, optimizer, input_ids, labels, recipe, step, scaler):
-        model.model.norm.eps = math.nan if 5 <= step < 5 + count else config.rms_norm_eps
-        return take_step(model, optimizer, input_ids, labels, recipe, step, scaler)
+    def poisoned(*args):
+        bad = 5 <= next(calls) < 5 + count
+        model.model.norm.eps = math.nan if bad else config.rms_norm_eps
+        if bad:
+            weights.append([p.clone() for p in model.parameters()])
+        return take_step(*args)
 
     monkeypatch.setattr(danube3, "train_step", poisoned)
-    run_ = danube3.Run(tmp_path, model, data.tokenizer, danube3.StagedData(data, recipe), resume=False)
-    if count < 5:
-        assert danube3.train(run_)
+    run_ = danube3.Trainer(tmp_path, model, data.tokenizer, danube3.StagedData(data, training))
+    if count < 20:
+        assert danube3.train(run_, 1e12)
         assert all(p.isfinite().all() for p in model.parameters())
     else:
-        with pytest.raises(danube3.DanubeError, match="5 steps in a row, up to step 10;"):
-            danube3.train(run_)
+        with pytest.raises(danube3.DanubeError, match="not finite in 20 steps in a row.*: lower the learning rate"):
+            danube3.train(run_, 1e12)
         kept = safetensors.torch.load_file(danube3.find_checkpoint(tmp_path) / "model.safetensors")
-        assert (
-            all(w.isfinite().all() for w in kept.values()) and danube3.find_checkpoint(tmp_path).name == "step-0000008"
-        )
+        assert all(w.isfinite().all() for w in kept.values())
+        assert danube3.find_checkpoint(tmp_path).name == "step-0000024"
+    assert len(weights) == count
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[-1]))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in lines if "lr" in e and e["loss"] is None] == list(range(6, 6 + count))
 
 
+def test_skipped_steps_are_counted_over_a_resume(toy_data, tmp_path):
+    """A run that is interrupted again and again must not skip steps for ever."""
+    config, training = danube3.CONFIGS["toy"], toy_config()
+    data = danube3.StagedData(danube3.TokenData(toy_data, config, training.sequence_length), training)
+    first = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data)
+    first.step, first.skipped = 3, 19
+    danube3.save_training(first)
+    first.resources.close()
+    again = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data, resume=True)
+    again.model.model.norm.eps = math.nan
+    with pytest.raises(danube3.DanubeError, match="20 steps in a row"):
+        danube3.train(again, 1e12)
+
+
 def test_a_skipped_step_leaves_weights_and_moments():
-    recipe, model = danube3.RECIPES["toy"], random_model(TINY)
-    recipe = dataclasses.replace(recipe, sequence_length=8, tokens_per_step=16, micro_batch_size=2)
-    optimizer, ids = danube3.make_optimizer(model, recipe), torch.randint(0, 330, (2, 8))
-    danube3.train_step(model, optimizer, ids, ids, recipe, 0)
+    training = dataclasses.replace(danube3.TRAIN_CONFIGS["toy"], sequence_length=8, batch_size=2, micro_batch_size=2)
+    model, ids = random_model(TINY), torch.randint(0, 330, (2, 8))
+    optimizer = danube3.make_optimizer(model, training)
+    danube3.train_step(model, optimizer, ids, ids, training, 1e-3)
     before = [p.clone() for p in model.parameters()], [s["exp_avg"].clone() for s in optimizer.state.values()]
     model.model.norm.eps = math.inf * 0
-    loss, _ = danube3.train_step(model, optimizer, ids, ids, recipe, 1)
+    loss, _ = danube3.train_step(model, optimizer, ids, ids, training, 1e-3)
     assert math.isnan(loss)
     assert all(torch.equal(a, b) for a, b in zip(before[0], model.parameters()))
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(before[1], optimizer.state.values()))
@@ -486,7 +525,7 @@ def test_the_peak_is_measured_in_bounded_time(dtype, monkeypatch):
     """In every type: a CPU without fp16 needs 42 s for one product of 2,048 x 2,048."""
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
     start = time.monotonic()
-    peak = danube3.measure_matmul_peak(torch.device("cpu"))
+    peak = train.measure_matmul_peak(torch.device("cpu"))
     assert time.monotonic() - start < 3
     a = torch.ones(128, 128, dtype=dtype)
     small = min(timeit.repeat(lambda: a @ a, number=1, repeat=20))
@@ -497,11 +536,12 @@ def test_cudnn_attention_is_for_fixed_lengths(toy_data, tmp_path, monkeypatch):
     """On in pre-training, and only while it trains."""
     seen = []
 
-    def train(run_):
+    def interrupted(run_, peak_flops, interrupts):
         seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        run_.resources.close()
         return False
 
-    monkeypatch.setattr(danube3, "train", train)
+    monkeypatch.setattr(danube3, "train", interrupted)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         assert call(*command(toy_data, tmp_path / "run")[1:]).returncode == 130
@@ -510,13 +550,25 @@ def test_cudnn_attention_is_for_fixed_lengths(toy_data, tmp_path, monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_interrupt_handler_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
-    with danube3.interruptible() as requests:
+def test_interrupt_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train.catch_interrupts(1) as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-        assert requests == [signal.SIGINT]
+        assert interrupts == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-    assert signal.getsignal(signal.SIGINT) == before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_interrupts_under_torchrun():
+    """Torchrun passes one Ctrl-C on several times, and sends SIGTERM when another process has failed."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train.catch_interrupts(2) as interrupts:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        assert set(interrupts) == {signal.SIGINT}
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+    assert signal.getsignal(signal.SIGINT) == before[0]

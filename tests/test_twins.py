@@ -1,65 +1,87 @@
-"""The crown: whole optimizer steps of a Danube3 in pure NumPy are torch's. And the published widths, one layer each."""
+"""Whole optimizer steps of a Danube3 in pure NumPy are torch's. And the published widths, one layer each."""
 
+import ast
 import dataclasses
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import TINY, random_model, transformers_model
+from conftest import ROOT, TINY, random_model, transformers_model
 
 import danube3
 
 
-def exact_rotary_table(start, end, head_dim, theta, device):
-    """The tables in float64: in fp32, as the model makes them, they are the only thing that is not."""
-    return tuple(map(torch.from_numpy, reference.rotary_table(np.arange(start, end), head_dim, theta)))
+def functions_of(path, start="", end=None):
+    """Names of the functions at the top level of a file, between two lines that begin with `start` and `end`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith(start))
+    last = next(i for i, line in enumerate(lines) if line.startswith(end)) if end else len(lines)
+    tree = ast.parse("\n".join(lines[first:last]))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-def ragged_batch(recipe, seed):
-    """Rows with very different numbers of labels, so that dividing by each micro-batch's own count would show."""
+def test_every_building_block_has_a_twin():
+    """Of the same name, and with a backward function. So have the formulas of the other sections."""
+    blocks = functions_of(ROOT / "danube3.py", "# ==== 3. ", "# ==== 4. ")
+    twins = functions_of(ROOT / "tests" / "reference.py")
+    assert len(blocks) >= 6 and blocks <= twins
+    assert {f"{name}_backward" for name in blocks - {"rotary_table"}} <= twins  # nothing is learned in the table
+    formulas = {"next_token_probabilities", "generate", "mixture_pattern", "learning_rate", "quantize_int8",
+                "quantize_int4", "pack_int4", "unpack_int4", "dequantize", "gptq"}
+    assert formulas <= twins & functions_of(ROOT / "danube3.py")
+
+
+def exact_rotary_table(positions, head_dim, theta):
+    """The tables in float64. The model makes them in fp32, and nothing else."""
+    return tuple(map(torch.from_numpy, reference.rotary_table(positions.numpy(), head_dim, theta)))
+
+
+def ragged_batch(config, seed):
+    """Sequences with very different numbers of targets: dividing by each micro-batch's own count would show."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, TINY.vocab_size, (recipe.rows_per_step, recipe.sequence_length), generator=generator)
-    unlabelled = torch.randint(0, recipe.sequence_length, (recipe.rows_per_step, 1), generator=generator)
-    unlabelled[:2] = recipe.sequence_length - 2  # the first micro-batch has two labels in all
-    return ids, ids.masked_fill(torch.arange(recipe.sequence_length) < unlabelled, danube3.IGNORE)
+    ids = torch.randint(0, TINY.vocab_size, (config.batch_size, config.sequence_length), generator=generator)
+    masked = torch.randint(0, config.sequence_length, (config.batch_size, 1), generator=generator)
+    masked[:2] = config.sequence_length - 2  # the first micro-batch has four targets in all
+    return ids, ids.masked_fill(torch.arange(config.sequence_length) < masked, danube3.IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("steps, grad_clip", [(1, 1.0), (5, 1.0), (5, 1e9)])
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1, "head_dim": 96}])
 def test_optimizer_steps_equal_numpy(steps, grad_clip, changes, monkeypatch):
-    """Loss, norm of the gradient and every weight, over 1 and 5 steps of 3 ragged micro-batches."""
+    """Loss, gradient norm and every weight, over 1 and 5 steps of 3 ragged micro-batches."""
     monkeypatch.setattr(danube3, "rotary_table", exact_rotary_table)
-    config, stage = dataclasses.replace(TINY, **changes), danube3.Stage("one", 66 * 7, {"a": 1})
-    recipe = danube3.Recipe(
-        (stage,),
+    config, total_steps = dataclasses.replace(TINY, **changes), 7
+    train_config = danube3.TrainConfig(
         sequence_length=11,
-        tokens_per_step=66,
+        batch_size=6,
         micro_batch_size=2,
         learning_rate=1e-2,
-        final_fraction=0.1,
+        final_lr_fraction=0.1,
         warmup_fraction=0.3,
         grad_clip=grad_clip,
     )
     model = random_model(config, dtype=torch.float64)
     weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    optimizer, batches = danube3.make_optimizer(model, recipe), [ragged_batch(recipe, step) for step in range(steps)]
-    ours = [
-        danube3.train_step(model, optimizer, ids, labels, recipe, step) for step, (ids, labels) in enumerate(batches)
-    ]
+    optimizer = danube3.make_optimizer(model, train_config)
+    batches = [ragged_batch(train_config, step) for step in range(steps)]
+    ours = []
+    for step, (ids, labels) in enumerate(batches):
+        lr = danube3.learning_rate(step, total_steps, train_config)
+        ours.append(danube3.train_step(model, optimizer, ids, labels, train_config, lr))
     micro = [[(a.numpy(), b.numpy()) for a, b in zip(ids.split(2), labels.split(2))] for ids, labels in batches]
     expected, losses, norms = reference.train_steps(
         weights,
         micro,
         config,
-        total_steps=7,
+        total_steps=total_steps,
         warmup_steps=2,
         peak=1e-2,
         minimum=1e-3,
-        beta1=recipe.beta1,
-        beta2=recipe.beta2,
-        eps=recipe.adam_eps,
-        weight_decay=recipe.weight_decay,
+        beta1=train_config.beta1,
+        beta2=train_config.beta2,
+        eps=train_config.adam_eps,
+        weight_decay=train_config.weight_decay,
         grad_clip=grad_clip,
     )
     assert [loss for loss, _ in ours] == pytest.approx(losses, rel=1e-6)  # reported in fp32
@@ -74,7 +96,7 @@ def test_optimizer_steps_equal_numpy(steps, grad_clip, changes, monkeypatch):
 )
 @pytest.mark.parametrize("T", [1, 2, 7, 33])
 def test_forward_and_backward_exactly(T, changes, monkeypatch):
-    """With rotary tables in float64 on both sides, logits agree to 5e-9; and the gradients."""
+    """With rotary tables in float64 on both sides, logits agree to 5e-9, and so do the gradients."""
     monkeypatch.setattr(danube3, "rotary_table", exact_rotary_table)
     config = dataclasses.replace(TINY, **changes)
     model, ids = random_model(config, dtype=torch.float64), torch.randint(0, config.vocab_size, (2, T))
@@ -111,8 +133,8 @@ def test_one_layer_of_the_published_shapes(name):
 
 @pytest.mark.parametrize("T", [1, 7, 33])
 def test_bfloat16_within_its_bits(T):
-    """Each of the model's 2 x 7 matrix products and norms rounds its result to 8 bits, a relative error of 2^-9 at the
-    most and 2^-9 / sqrt(3) on average; independent errors add up as their squares."""
+    """Each of the model's 2 x 7 matrix products and norms rounds its result to 8 bits, a relative error of at most 2^-9
+    and 2^-9 / sqrt(3) on average. The squares of independent errors add up."""
     rounded, ids = random_model(TINY, dtype=torch.bfloat16), torch.randint(0, TINY.vocab_size, (4, T))
     exact = random_model(TINY, dtype=torch.bfloat16).double()(ids)  # not the weights' rounding
     roundings = TINY.num_hidden_layers * 14 + 2
@@ -120,7 +142,7 @@ def test_bfloat16_within_its_bits(T):
     assert 2**-12 < error < 3 * 2**-9 * (roundings / 3) ** 0.5, error
 
 
-def test_rows_of_a_batch_do_not_meet():
+def test_sequences_of_a_batch_do_not_meet():
     model, ids = random_model(TINY), torch.randint(0, TINY.vocab_size, (5, 9))
     order = torch.tensor([3, 0, 4, 1, 2])
     torch.testing.assert_close(model(ids[order]), model(ids)[order])
