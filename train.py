@@ -169,7 +169,6 @@ def describe_stages(training: TrainConfig, epochs: dict[str, float] | None) -> l
     return lines
 
 # ---- What a run has come to
-
 def plot_curves(out: Path, training: TrainConfig) -> None:
     """Write curves.png, if matplotlib is installed: loss over steps, the stages' mixtures below."""
     try:
@@ -296,7 +295,6 @@ def catch_interrupts(world_size: int) -> Iterator[list[int]]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 # ---- The program
-
 def arguments() -> argparse.Namespace:
     parser = danube3.Arguments(__doc__)
     parser.add_argument("--init", help="start from this checkpoint, output directory or published folder")
@@ -465,6 +463,8 @@ def main() -> int:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
         dist.destroy_process_group()
+        if rank > 0:  # at once: gloo's threads may abort a process that takes itself down slowly
+            os._exit(130 - 130 * finished)
     if not finished and rank == 0:
         flags = shlex.join(sys.argv[1:])
         again = "the same torchrun command," if world_size > 1 else f"python train.py {flags}"
