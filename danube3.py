@@ -1,40 +1,32 @@
-"""Danube3 in one file: H2O-Danube3 (arXiv 2407.09276) from text to a quantized chat model.
+"""H2O-Danube3 (arXiv 2407.09276) in one file, from tokens to a quantized chat model.
 
-H2O-Danube3 is a pair of small language models of 500 million and 4 billion parameters, with the
-Llama architecture. They are pre-trained in three stages: noisy web text gives way to cleaner text
-from stage to stage. This file is the library of train.py, sample.py and quantize.py. Its sections,
-to be read from top to bottom:
+These models of 500 million and 4 billion parameters have the Llama architecture. They are
+pre-trained in three stages: noisy web text gives way to cleaner text from stage to stage. train.py,
+sample.py and quantize.py use this file, which is read from top to bottom.
 
-    1 Configuration    4 Model       7 Optimizer      10 Fine-tuning
-    2 Tokenizer        5 Sampling    8 Training       11 Quantization
-    3 Building blocks  6 Data        9 Checkpoints    12 Programs
-
-Letters in shape comments; "[B, T, D]" is a shape, "[]" a single number:
+Letters in shape comments; "[B, T, D]" is a shape, "[]" a number, N any number:
 
     B  batch                     D  hidden_size         H  query heads
     T  sequence length           I  intermediate_size   K  key/value heads
     S  keys: cached and new      V  vocab_size          h  head_dim
 
-[paper] marks facts from the report, its model cards or published configuration files, [ours] our
-own choices where nothing was published.
+[paper] marks facts from the report, its model cards or published configurations, [ours] our own
+choices where nothing was published.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
-import io
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -52,12 +44,15 @@ try:
 except ImportError:  # Windows: nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-# A process's first cosine picks the CPU's routine. Two threads that compute it together may get a
-# coarser one (pytorch issue 188792), which changes the last bits. So one thread does it here.
+# Call cos once, in one thread: a first call by several is less exact (pytorch issue 188792).
 torch.zeros(1).cos().sin()
 
+Batch = tuple[Tensor, Tensor]  # input_ids and labels, 2 x [N, T]
+Messages = list[dict[str, str]]  # [{"role": "user", "content": ..}, ..]
+Tensors = dict[str, Tensor]  # by name
+
 class DanubeError(Exception):
-    """A mistake that the user can fix. Its text is one line: what is wrong, then the remedy."""
+    """A mistake that the user can fix, in one line: what is wrong, and mostly a remedy."""
 
 def require(condition: object, message: str) -> None:
     """Check input from outside (flags, files): raise DanubeError unless the condition holds."""
@@ -66,49 +61,44 @@ def require(condition: object, message: str) -> None:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while `path` is read into one line that names it."""
+    """Turn errors of reading `path` into one line that names it."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise DanubeError(f"{error.filename or path} is missing: copy it there") from error
-    except torch.OutOfMemoryError:
+    except (DanubeError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
-            safetensors.SafetensorError) as error:
+    except Exception as error:
         if path.is_file() and path.open("rb").read(15) == b"version https:/":
             raise DanubeError(f"{path} is a Git-LFS pointer, not the file: run `git lfs pull`") from error
         reason = " ".join(str(error).split())[:200]
-        raise DanubeError(f"{path} cannot be read, it is damaged ({reason}): copy it again") from error
+        raise DanubeError(f"{path} is missing or damaged ({reason}): copy it again") from error
 
 # ==== 1. Configuration ==================================================================
 
 @dataclass(frozen=True)
 class DanubeConfig:
-    """The architecture, with the field names of Hugging Face's config.json. Trap: H * h happens to equal
-    D in all three models, but the architecture does not require it."""
-    hidden_size: int                       # D
-    intermediate_size: int                 # I
+    """The architecture, in the names of Hugging Face's config.json. Trap: H * h equals D in
+    all three models, but need not."""
+    hidden_size: int  # D
+    intermediate_size: int  # I
     num_hidden_layers: int
-    num_attention_heads: int               # H
-    num_key_value_heads: int               # K
-    head_dim: int                          # h
-    initializer_range: float               # standard deviation of the initial weights
-    vocab_size: int = 32_000               # V
-    max_position_embeddings: int = 8_192   # the context: the longest sequence
-    rope_theta: float = 100_000.0          # base of the rotary frequencies (section 3)
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    head_dim: int  # h
+    initializer_range: float  # standard deviation of the initial weights
+    vocab_size: int = 32_000  # V
+    max_position_embeddings: int = 8_192  # the context: the longest sequence
+    rope_theta: float = 100_000.0  # base of the rotary frequencies (section 3)
     rms_norm_eps: float = 1e-5
-    bos_token_id: int = 1                  # <s> begins a document
-    eos_token_id: int = 2                  # </s> ends one
-    pad_token_id: int = 0                  # <unk>
+    bos_token_id: int = 1  # <s> begins a document
+    eos_token_id: int = 2  # </s> ends one
+    pad_token_id: int = 0  # <unk>
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, smallest, limit = getattr(self, field.name), 1e-30, 2**24
-            if field.name.endswith("_token_id"):
-                smallest, limit = 0, self.vocab_size
-            number = type(value) in (int, field.type)
-            require(number and smallest <= value < limit,
-                    f"config: {field.name} is {value!r}: use a positive number below {limit:,}")
+            value, is_id = getattr(self, field.name), field.name.endswith("_token_id")
+            smallest, limit = (0, self.vocab_size) if is_id else (1e-30, 2**24)
+            require(type(value) in (int, field.type) and smallest <= value < limit,
+                    f"config: {field.name} is {value!r}: use {smallest:g} to below {limit:,}")
         require(self.num_hidden_layers < 1_024, "config: num_hidden_layers must be below 1,024")
         require(self.head_dim % 2 == 0, "config: head_dim must be even")
         require(self.num_attention_heads % self.num_key_value_heads == 0,
@@ -123,31 +113,32 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained. Danube3's settings are not published: these are [ours]. Betas and the cosine
-    are those of the first Danube report (arXiv 2401.16818), except the toy's.
+    """How a model is trained [ours]: Danube3's settings are not published. Betas and cosine
+    are those of the first Danube report (arXiv 2401.16818), except in the toy.
 
-    An **optimizer step** reads a **global batch** of `batch_size` sequences, in **micro-batches** that
-    fit into memory. Their gradients are summed (**gradient accumulation**)."""
-    batch_size: int                  # sequences per optimizer step, over all GPUs
-    micro_batch_size: int            # B: sequences per forward pass on one GPU
-    learning_rate: float             # the peak
-    stages: tuple[Stage, ...] = ()   # pre-training only
-    sequence_length: int = 1         # T; for conversations the longest
-    final_lr_fraction: float = 0.0   # of the peak, in the last step
-    warmup_fraction: float = 0.01    # of all steps
+    An **optimizer step** reads a **global batch** of `batch_size` sequences, in
+    **micro-batches** that fit into memory. Their gradients are summed (**gradient
+    accumulation**)."""
+    batch_size: int  # sequences per optimizer step, over all GPUs
+    micro_batch_size: int  # B: sequences per forward pass on one GPU
+    learning_rate: float  # the peak
+    stages: tuple[Stage, ...] = ()  # pre-training only
+    sequence_length: int = 1  # T; for conversations the longest
+    final_lr_fraction: float = 0.0  # of the peak, in the last step
+    warmup_fraction: float = 0.01  # of all steps
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip: float = 1.0           # a gradient with a larger norm is scaled down
-    save_every: int = 1_000          # steps between checkpoints
+    grad_clip: float = 1.0  # a gradient with a larger norm is scaled down
+    save_every: int = 1_000  # steps between checkpoints
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "sequence_length", "save_every"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}: it must be at least 1")
-        require(0 < self.learning_rate < math.inf, f"learning rate {self.learning_rate}: it must be positive")
-        require(0 <= self.seed < 2**63, f"seed {self.seed}: use one from 0 to 2^63 - 1")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        require(0 < self.learning_rate < math.inf, "the learning rate must be positive")
+        require(0 <= self.seed < 2**63, "the seed must be 0 to 2^63 - 1")
 
     @property
     def tokens_per_step(self) -> int:
@@ -155,7 +146,7 @@ class TrainConfig:
 
     @property
     def stage_ends(self) -> list[int]:
-        """The step at which each stage ends: running totals of tokens, rounded to whole steps."""
+        """The step at which each stage ends: running totals of tokens, in whole steps."""
         ends, tokens, per_step = [], 0, self.tokens_per_step
         for stage in self.stages:
             tokens += stage.tokens
@@ -168,8 +159,8 @@ class TrainConfig:
         stages = [replace(stage, tokens=stage.tokens * total // old_total) for stage in self.stages]
         return replace(self, stages=tuple(stages))
 
-# The report's six sources and their weights in stages 1, 2, 3, in thousandths. The shares of web are
-# [paper]. The rest is [ours]: the report shows its split in a figure only.
+# The sources and their weights in stages 1, 2, 3, in thousandths. The shares of web are
+# [paper], the others [ours]: the report shows them in a figure only.
 SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")
 MIXTURES = ((906, 18, 18, 18, 30, 10), (817, 35, 35, 38, 55, 20), (516, 80, 80, 94, 190, 40))
 
@@ -180,7 +171,7 @@ def three_stages(*tokens: float) -> tuple[Stage, ...]:  # tokens of each
     return tuple(stages)
 
 CONFIGS = {
-    "toy": DanubeConfig(  # [ours] few heads, because many small matrix products are slow on a CPU
+    "toy": DanubeConfig(  # [ours] few heads: many small matrix products are slow on a CPU
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, initializer_range=0.04, vocab_size=1_024,
         max_position_embeddings=256),
@@ -191,7 +182,7 @@ CONFIGS = {
         hidden_size=3840, intermediate_size=10240, num_hidden_layers=24, num_attention_heads=32,
         num_key_value_heads=8, head_dim=120, initializer_range=0.01),
 }
-# The totals 4T and 6T are [paper]. The lengths of the stages are from memory of the report.
+# The totals 4T and 6T are [paper], the lengths of the stages are from memory, unchecked.
 TRAIN_CONFIGS = {
     "toy": TrainConfig(
         stages=three_stages(0.9e6, 0.45e6, 0.45e6), sequence_length=128, batch_size=8, micro_batch_size=8,
@@ -215,9 +206,9 @@ def count_parameters(config: DanubeConfig) -> int:
 def flops_per_token(config: DanubeConfig, sequence_length: int, frozen: bool = False) -> int:
     """Floating-point operations of training, per token.
 
-    A weight costs a multiplication and an addition forward, and twice that backward: for the gradient
-    of the inputs, and for its own unless it is **frozen** (section 10). Attention costs 4 h per head,
-    query and key (score, weighted sum). A query has (T + 1) / 2 keys on average."""
+    A weight costs two forward (multiply, add), two backward for the gradient of its inputs,
+    and two for its own unless it is **frozen** (section 10). Attention costs 4 h per (head,
+    query, key): score and weighted sum. A query has (T + 1) / 2 keys on average."""
     layers, D = config.num_hidden_layers, config.hidden_size
     weights = count_parameters(config) - config.vocab_size * D - (2 * layers + 1) * D  # no embedding, norms
     attention = layers * config.num_attention_heads * 4 * config.head_dim * (sequence_length + 1) // 2
@@ -225,16 +216,18 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, frozen: bool = F
 
 # ==== 2. Tokenizer and chat template ====================================================
 #
-# The Mistral tokenizer [paper] is a **byte-pair encoding** (BPE) by sentencepiece. Its training starts
-# from characters and merges the most frequent pair of neighbours until there are 32,000 tokens
-# ("pieces"). Encoding makes the same merges. Every byte is a piece, so all text can be encoded.
+# The Mistral tokenizer [paper] is a **byte-pair encoding** (BPE) by sentencepiece. Its
+# training starts from characters and merges the most frequent pair of neighbours until there
+# are 32,000 tokens. Encoding makes the same merges. Every byte is a token too, so all text
+# can be encoded.
 #
-# **Special tokens** have no spelling: <s> begins and </s> ends a document [ours], </s> also ends a chat
-# message. A typed "</s>" is encoded as ordinary pieces, so nobody can type the end of a message.
+# No text is encoded to **special tokens**: <s> begins and </s> ends a document [ours], </s>
+# also ends a chat message. Here a typed "</s>" becomes ordinary tokens, so nobody can type
+# the end of a message.
 
 class Tokenizer:
     """A sentencepiece model. With `add_bos`, prompts begin with <s>, as all training documents do."""
-    def __init__(self, model_file: str | Path, add_bos: bool = True) -> None:
+    def __init__(self, model_file: str | Path, add_bos: bool = True):
         self.model_file, self.add_bos, self.chat_template = Path(model_file), add_bos, CHAT_TEMPLATE
         with reading(self.model_file):
             self.content = self.model_file.read_bytes()
@@ -244,10 +237,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of `text`. No text spells a special token."""
-        try:
-            return self.sp.encode(text, add_bos=add_bos)
-        except (RuntimeError, UnicodeError) as error:  # half a surrogate pair
-            raise DanubeError(f"not valid Unicode: {text[:40]!r}") from error
+        return self.sp.encode(text.encode("utf-8", "replace"), add_bos=add_bos)  # bad Unicode: "?"
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to continue."""
@@ -257,10 +247,11 @@ class Tokenizer:
         return self.sp.decode([i for i in ids if i < self.vocab_size])  # a model may have more ids
 
 class StreamingDetokenizer:
-    """Turns ids into text one id at a time. The text of a token depends on its neighbours: " world" alone
-    decodes to "world", and an emoji may be four byte tokens. So each token is decoded with a few before
-    it, and the difference is emitted, unless it ends in half a character."""
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
+    """Turns ids into text one by one. The text of a token depends on its neighbours: alone
+    it loses its leading space, and an emoji may be four byte tokens. So each token is
+    decoded with a few before it, and the difference is emitted, unless it ends in half a
+    character."""
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
         self.tokenizer, self.ids = tokenizer, list(prompt_ids[-8:])
         self.start, self.end = 0, len(self.ids)  # the text of ids[start:end] was emitted already
 
@@ -280,8 +271,8 @@ class StreamingDetokenizer:
 
 IGNORE_INDEX = -100  # label of a token that is not to be predicted, as in PyTorch and transformers
 
-# The chat format [paper]: <|prompt|>question</s><|answer|>answer</s>. The markers are plain text, which a
-# user can type; only the special token </s> ends a message. The template is for other programs.
+# The chat format [paper]: <|prompt|>question</s><|answer|>answer</s>. The markers are plain
+# text that a user can type; only </s> ends a message. The template is for other programs.
 CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -297,23 +288,22 @@ def first_difference(a: list[int], b: list[int]) -> int:
             return index
     return min(len(a), len(b))
 
-def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
+def render_chat(messages: Messages, tokenizer: Tokenizer,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
     """A conversation as `input_ids` and `labels`, of equal length, without <s> [paper].
 
-    Each message is encoded with its marker as one text; </s> is appended as an id. Tokens of an answer
-    and its </s> are their own labels [ours]: the model learns to answer and to stop. Others have
-    IGNORE_INDEX."""
+    Each message is encoded with its marker as one text; </s> is appended as an id. An answer
+    and its </s> are their own labels [ours]: the model learns to answer and to stop. Other
+    labels are IGNORE_INDEX."""
     input_ids: list[int] = []
     labels: list[int] = []
     for message in messages:
         role, content = str(message.get("role")), message.get("content")
-        require(role != "system", "System role not supported: put the text into a user message")
-        require(role in CHAT_MARKERS, f"unknown chat role {role!r}: use user or assistant")
-        require(isinstance(content, str), f"this message has no text as its content: {message}")
+        require(role in CHAT_MARKERS and isinstance(content, str),
+                f"a message needs a text and the role user or assistant, but this is {message}")
         ids = tokenizer.encode(f"{CHAT_MARKERS[role]}{content}") + [tokenizer.sp.eos_id()]
         start = len(ids)
-        if role == "assistant":  # not the marker's length: a piece such as ">=" may span both
+        if role == "assistant":  # not len(marker): a token such as ">=" may join it and the text
             start = first_difference(tokenizer.encode(CHAT_MARKERS[role]), ids)
         input_ids += ids
         labels += [IGNORE_INDEX] * start + ids[start:]
@@ -324,14 +314,15 @@ def render_chat(messages: list[dict[str, str]], tokenizer: Tokenizer,
 
 # ==== 3. Building blocks ================================================================
 #
-# RMSNorm gives linear layers inputs of similar magnitude. Rotary embedding makes the order of tokens matter.
-# Attention lets tokens read from each other. SwiGLU is the nonlinearity: without one, two linear layers
-# in a row collapse into one. Cross-entropy is the loss. tests/reference.py has all five in NumPy.
+# RMSNorm keeps inputs of branches at similar magnitudes. Rotary embedding makes the order of
+# tokens matter. Attention lets tokens read from each other. SwiGLU makes the MLP nonlinear:
+# without it, its layers collapse into one. tests/reference.py has all of this section in
+# NumPy.
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps), over the last dimension. [.., D], [D] -> [.., D]
 
-    Trap: compute in fp32 whatever the type of x. The square of 256 overflows fp16 (largest number
+    Trap: compute in fp32 whatever the type of x. The square of 256 overflows fp16 (above
     65,504), and bf16 has only 8 bits of precision."""
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays, for tests
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
@@ -340,46 +331,52 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles p * theta^(-2i/h). positions p [T] -> 2 x [T, h/2], fp32
 
-    Trap: if the frequencies were a buffer of the model, model.bfloat16() would round them. 0.787 (500m,
-    i = 1) becomes 0.785, and at position 2,000 the angle is off by half a turn."""
+    Trap: if the frequencies were a buffer of the model, model.bfloat16() would round them.
+    0.7867 (500m, i = 1) becomes 0.7852, and at position 2,000 the angle is off by half a
+    turn."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[:, None] * theta ** -exponents  # [T, h/2]
     return angles.cos(), angles.sin()
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of features by its angle. x [B, n, T, h], cos and sin [T, h/2] -> [B, n, T, h]
+    """Rotate each pair of features by its angle. x [B, n, T, h], cos and sin [T, h/2] -> [B,
+    n, T, h]
 
         (a, b) -> (a cos - b sin, b cos + a sin)        a = x[i], b = x[i + h/2]
 
-    The dot product of a query at position p and a key at position s then depends only on the distance
-    p - s. Fast pairs (i = 0 completes a turn in 6 tokens) separate neighbours, slow pairs near from far.
+    The dot product of a query at position p and a key at position s then depends only on p -
+    s. Fast pairs (i = 0: a turn in 6 tokens) show short distances, slow pairs long ones.
 
-    Trap: which features form pair i? Here, as in every Llama checkpoint on Hugging Face, i and i + h/2
-    ("half-split"). In the original paper and in GGUF files, 2i and 2i + 1 ("interleaved"). The wrong
-    choice runs without complaint, and the model talks nonsense."""
+    Trap: which features form pair i? Here, as in Llama checkpoints on Hugging Face, i and i
+    + h/2 ("half-split"). In the original paper and in Llama's GGUF files, 2i and 2i + 1
+    ("interleaved"). The wrong choice runs without complaint, and the model talks
+    nonsense."""
     first, second = x.chunk(2, dim=-1)  # 2 x [B, n, T, h/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(h)) v, causal. q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T, h]
+    """softmax(q k^T / sqrt(h)) v, causal. q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T,
+    h]
 
-    The **attention scores** q k^T say how well each query matches each key. Softmax turns them into
-    **attention weights**, which sum to 1. The output is the weighted sum of the values. Without sqrt(h),
-    large scores would put all weight on one key and pass no gradient.
+    The **attention scores** q k^T say how well queries match keys. Softmax turns them into
+    **attention weights**, which sum to 1. The output is the weighted sum of the values.
+    Without sqrt(h) most weight would go to one key, and little gradient would pass.
 
-    **Grouped-query attention**: H / K query heads share one key/value head, for a smaller cache. Trap:
-    query head i reads key/value head i // (H / K). With H = 4 and K = 2, heads 0 and 1 read 0, heads 2
-    and 3 read 1: k.repeat_interleave, not k.repeat. `enable_gqa` does it without a copy.
+    **Grouped-query attention**: H / K query heads share one key/value head, for a smaller
+    cache. Trap: query head i reads key/value head i // (H / K). With H = 4 and K = 2, heads
+    0 and 1 read 0, heads 2 and 3 read 1: k.repeat_interleave, not k.repeat. `enable_gqa` can
+    save that copy.
 
-    Trap: the queries are the last T of the S positions, so query t attends to keys 0 .. S - T + t. Two
-    new tokens after three cached ones (T = 2, S = 5) attend to 11110 and 11111. `is_causal` aligns with
-    the first key instead (10000, 11000), which is right only for S = T."""
+    Trap: the queries are the last T of the S positions, so query t attends to keys 0 .. S -
+    T + t. Two new tokens after three cached ones (T = 2, S = 5) attend to 11110 and 11111.
+    `is_causal` aligns with the first key instead (10000, 11000), which is right only for S =
+    T."""
     (H, T), (K, S), mask, causal = q.shape[1:3], k.shape[1:3], None, False
-    if T == S and q.device.type != "mps":  # some versions of torch compute is_causal wrong on MPS
-        causal = True  # in a branch: under torch.compile T == S may be no plain bool
+    if T == S and q.device.type != "mps":  # is_causal is wrong there in some versions of torch
+        causal = True  # a plain bool: torch.compile may make T == S a symbol
     elif T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # True: attends
-    # On CUDA flash attention shares heads without a copy. It takes bf16 and no mask.
+    # On CUDA the kernel for fp32, for masks and for old GPUs (fp16) cannot share heads.
     share = q.device.type != "cuda" or (q.dtype == torch.bfloat16 and mask is None)
     if not share:
         k = k.repeat_interleave(H // K, dim=1)  # [B, H, S, h]
@@ -391,47 +388,42 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of -log softmax(logits)[label] over all labels but IGNORE_INDEX. [N, V], [N] -> []
-    Not the mean: train_step (section 8) divides once, by the number of labels of the whole step."""
+    """The sum of -log softmax(logits)[label] over all labels but IGNORE_INDEX. [N, V], [N]
+    -> []. Not the mean: train_step (section 8) divides once, by the number of labels of the
+    whole step."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 # ==== 4. Model ==========================================================================
 #
-# Modules have the names of the published checkpoint. The **hidden states** [B, T, D], one vector per
-# token, form the **residual stream**. Each layer adds two **residual branches** to it: attention, and the
-# MLP, which processes each token alone. A branch normalizes the copy that it reads ("pre-norm").
-# At the end the head turns each hidden state into V **logits**, a score for each possible next token.
+# Modules have the names of the published checkpoint. The **hidden states** [B, T, D], one
+# vector per token, form the **residual stream**. Each layer adds two **residual branches**
+# to it: attention, and the MLP, which processes each token alone. A branch reads a
+# normalized copy ("pre-norm"). The head turns each output vector into V **logits**, a score
+# for each possible next token.
 
 class KVCache:
-    """Keys (rotated) and values of all tokens seen, so that they need not be computed again.
+    """Keys (rotated) and values of all tokens so far: they need not be computed again.
 
-    Trap: `length`, the number of filled positions, is also the position of the next token. All layers
-    write to the same positions, so it moves once, in Decoder.forward, after the last layer has written."""
+    Trap: `length`, the number of filled positions, is also the position of the next token.
+    All layers write to the same positions, so it moves once, in Decoder.forward, after the
+    last layer."""
     def __init__(self, config: DanubeConfig, batch_size: int, max_length: int, dtype: torch.dtype,
-                 device: torch.device) -> None:
-        self.length, self.max_length = 0, max_length
-        self.input_ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
+                 device: torch.device):
+        self.length = 0
         kv_shape = batch_size, config.num_key_value_heads, max_length, config.head_dim
         self.kv = torch.zeros(config.num_hidden_layers, 2, *kv_shape, dtype=dtype, device=device)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, K, T, h] of new tokens. Return those of all tokens, 2 x [B, K, S, h]."""
+        """Store k and v [B, K, T, h] of new tokens. -> all keys and values, 2 x [B, K, S, h]"""
         end = self.length + k.shape[2]
-        require(end <= self.max_length, f"{end} tokens do not fit a cache of {self.max_length}")
-        keys, values = self.kv[layer, 0], self.kv[layer, 1]  # 2 x [B, K, max_length, h]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def keep_common_prefix(self, input_ids: Tensor) -> None:
-        """Forget all tokens from the first that differs from input_ids [B, T]."""
-        length = min(self.length, input_ids.shape[1] - 1)  # the logits of the last one are needed
-        same = (self.input_ids[:, :length] == input_ids[:, :length]).all(dim=0)  # [length]
-        self.length = int(same.long().cumprod(dim=0).sum())
+        kv = self.kv[layer].narrow(3, 0, end)  # [2, B, K, S, h]; an error if they do not fit
+        kv[0, :, :, self.length:] = k
+        kv[1, :, :, self.length:] = v
+        return kv[0], kv[1]
 
 class RMSNorm(nn.Module):
-    def __init__(self, config: DanubeConfig) -> None:
+    def __init__(self, config: DanubeConfig):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
 
@@ -440,7 +432,7 @@ class RMSNorm(nn.Module):
 
 class Attention(nn.Module):
     """Four linear layers around grouped_query_attention."""
-    def __init__(self, config: DanubeConfig, layer: int) -> None:
+    def __init__(self, config: DanubeConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -461,7 +453,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, H h] -> [B, T, D]
 
 class MLP(nn.Module):
-    def __init__(self, config: DanubeConfig) -> None:
+    def __init__(self, config: DanubeConfig):
         super().__init__()
         D, I = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(D, I, bias=False)
@@ -472,11 +464,8 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 class DecoderLayer(nn.Module):
-    """Two residual branches. **Activation checkpointing** keeps only the layer's input and computes the
-    layer again in the backward pass."""
-    activation_checkpointing = False
-
-    def __init__(self, config: DanubeConfig, layer: int) -> None:
+    """Two residual branches."""
+    def __init__(self, config: DanubeConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config, layer)
@@ -484,17 +473,12 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return activation_checkpoint(self.add_branches, x, cos, sin, kv_cache, use_reentrant=False)
-        return self.add_branches(x, cos, sin, kv_cache)
-
-    def add_branches(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)  # [B, T, D]
         return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, D]
 
 class Decoder(nn.Module):
     """The model without its head."""
-    def __init__(self, config: DanubeConfig) -> None:
+    def __init__(self, config: DanubeConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -510,17 +494,16 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, kv_cache)
         if kv_cache is not None:
-            kv_cache.input_ids[:, start:end] = input_ids
             kv_cache.length = end
         return self.norm(x)
 
-# Logits are the largest tensor. The loss computes them for this many tokens at a time [ours] (0.5 GB in
-# fp32), and again in the backward pass.
+# Logits are training's largest tensor. For more tokens than this [ours] (0.5 GB in fp32) the
+# loss computes them in parts, and again in the backward pass.
 LOGIT_TOKENS = 4_096
 
 class Danube3(nn.Module):
     """The language model: the decoder and its head."""
-    def __init__(self, config: DanubeConfig) -> None:
+    def __init__(self, config: DanubeConfig):
         super().__init__()
         self.config, self.stop_ids = config, [config.eos_token_id]  # generation ends at any stop id
         self.model = Decoder(config)
@@ -531,30 +514,28 @@ class Danube3(nn.Module):
         return self.model.norm.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:  # of the hidden states; other weights than norms may be quantized
+    def dtype(self) -> torch.dtype:  # of hidden states; other weights than norms may be quantized
         return self.model.norm.weight.dtype
 
     @staticmethod
     def new(config: DanubeConfig, seed: int, device: str = "cpu") -> "Danube3":
-        """A model to pre-train. On device "meta" it has shapes but no memory."""
+        """A model to pre-train: norm weights are 1, others normal [ours]. On "meta": shapes only."""
         with torch.device("meta"):
-            model = Danube3(config)
-        return model if device == "meta" else model.to_empty(device=device).init_weights(seed)
-
-    def init_weights(self, seed: int) -> "Danube3":
-        """Norm weights are 1, all others normal [ours]."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        for parameter in self.parameters():
+            model = Danube3(config).to_empty(device=device)
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 nn.init.ones_(parameter)
             else:
-                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
-        return self
+                nn.init.normal_(parameter, std=config.initializer_range, generator=generator)
+        return model
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """input_ids [B, T] -> logits [B, T, V] in fp32; with labels [B, T], the sum of the losses [].
+        """input_ids [B, T] -> logits [B, T, V] in fp32; with labels [B, T], the sum of the
+        losses [].
 
-        Labels line up with input_ids: position t - 1 predicts labels[:, t], and labels[:, 0] is unused."""
+        Labels line up with input_ids: position t - 1 predicts labels[:, t], and labels[:, 0]
+        is unused."""
         x = self.model(input_ids)  # [B, T, D]
         if labels is None:
             return self.lm_head(x).float()  # [B, T, V]
@@ -572,16 +553,16 @@ class Danube3(nn.Module):
 
 # ==== 5. Sampling =======================================================================
 #
-# Generation picks a next token, appends it, and asks again. The first pass reads the whole prompt into
-# the cache (**prefill**), each later pass reads one new token (**decode**).
+# Generation picks a next token, appends it, and asks again. The first pass reads the whole
+# prompt into the cache (**prefill**), each later pass reads one new token (**decode**).
 
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
                              top_p: float = 1.0) -> Tensor:
     """softmax(logits / temperature), restricted to likely tokens. [B, V] -> [B, V]
 
-    A temperature below 1 favours likely tokens. top_k keeps the k likeliest (0: all), top_p the fewest
-    likeliest that reach p together (1.0: all). With p = 0.6, the first two of 0.5, 0.3, 0.2 stay: before
-    the second there is 0.5, less than p, before the third 0.8."""
+    A temperature below 1 favours likely tokens. top_k keeps the k likeliest (0: all), top_p
+    the likeliest until they reach p together (1.0: all). With p = 0.6, the first two of 0.5,
+    0.3, 0.2 stay: before the second there is 0.5, less than p, before the third 0.8."""
     logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow at small temperatures
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
     if top_k == 0 and top_p >= 1.0:
@@ -600,18 +581,19 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
 def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
                     top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
                     kv_cache: KVCache | None = None) -> Iterator[Tensor]:
-    """Continue prompts of equal length, input_ids [B, T]. Yields the next token of each, [B].
+    """Continue prompts of equal length, input_ids [B, T]. Yields the next token of each,
+    [B].
 
-    Temperature 0 is **greedy**: it takes the likeliest token. After a stop token a sequence repeats
-    </s>. The loop ends when all have stopped, after max_new_tokens, or when the context is full. A
-    prefix shared with the `kv_cache` of an earlier call is not computed again."""
+    Temperature 0 is **greedy**: it takes the likeliest token. A sequence repeats </s> after
+    its stop token. The loop ends when all have stopped, after max_new_tokens, or when the
+    context is full. The first tokens of the prompts, but not all, may be in `kv_cache`
+    already."""
     (B, T), context, device = input_ids.shape, model.config.max_position_embeddings, input_ids.device
     require(1 <= T <= context, f"a prompt of {T} tokens does not fit: use 1 to {context}")
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)  # seed(): a random one
     end = min(T + max_new_tokens, context)
     kv_cache = kv_cache or KVCache(model.config, B, end, model.dtype, device)
-    kv_cache.keep_common_prefix(input_ids)
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     stop_ids = torch.tensor(model.stop_ids, device=device)
@@ -631,114 +613,57 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
             return
         input_ids = next_ids[:, None]  # [B, 1]
 
-def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
-             top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> Tensor:
-    """Prompts and their continuations. [B, T] -> [B, T + n], n at most max_new_tokens."""
-    ids = [input_ids]
-    for next_ids in generate_tokens(model, input_ids, max_new_tokens, temperature, top_k, top_p, seed):
-        ids.append(next_ids[:, None])
-    return torch.cat(ids, dim=1)
+def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+    """Prompts and their continuations, as generate_tokens samples them. [B, T] -> [B, T + n]"""
+    new_ids = list(generate_tokens(model, input_ids, max_new_tokens, **sampling))  # n x [B]
+    return torch.cat((input_ids, *(ids[:, None] for ids in new_ids)), dim=1)
 
 # ==== 6. Data ===========================================================================
 #
-# Text is stored as **token shards**: files of uint16 ids, documents one after another as <s> .. </s>.
+# Text is stored as **token shards**: files of uint16 ids, documents one after another as <s>
+# .. </s>. TokenData (data/read.py) reads them in **blocks** of T consecutive ids of one
+# source. A block may reach into the next document, and attention crosses that border [ours].
 #
-# Which sequences make up step 1,234,567? A loader that draws one by one must save its state, which
-# depends on the number of GPUs. Here the batch is a **pure function of the step**: mixture_pattern
-# distributes sequences among sources, permuted_index shuffles them.
+# Which blocks make up step 1,234,567? A loader that draws one by one must save its state,
+# which depends on the number of GPUs. Here the batch is a **pure function of the step**:
+# mixture_pattern distributes sequences among sources, permuted_index shuffles the blocks of
+# a source.
 
-SMALL_FILE = 2**24  # [ours] bytes; check larger shards with `sha256sum -c`
 VALIDATION_SEQUENCES = 32  # [ours] of each source
 MAX_EPOCHS = 100  # [ours] over the data of a source
 
-class TokenData:
-    """A folder of token shards, read in **blocks** of T consecutive ids of one source.
+def mixture_pattern(weights: dict[str, int]) -> list[tuple[str, int]]:
+    """The source of each sequence, and how many sequences this source has had before.
 
-    A block may reach into the next document, and attention crosses that border [ours].
-    """
-    def __init__(self, folder: str | Path, config: DanubeConfig, sequence_length: int,
-                 tokenizer: Tokenizer | None = None) -> None:
-        self.folder, self.sequence_length = Path(folder), sequence_length
-        self.vocab_size, path = config.vocab_size, self.folder / "meta.json"
-        require(path.is_file(), f"no data at {folder} (no meta.json): make it with data/prepare.py")
-        verify_checksums(self.folder, largest=SMALL_FILE)  # section 9
-        self.tokenizer = Tokenizer(self.folder / "tokenizer.model")
-        self.starts, self.blocks = {}, {}  # by (source, split): first id of each shard, number of blocks
-        with reading(path):
-            meta = read_json(path)
-            same = meta["tokenizer_sha256"] == self.tokenizer.sha256 == (tokenizer or self.tokenizer).sha256
-            require(same and self.tokenizer.vocab_size <= self.vocab_size,
-                    f"{folder} was made with another tokenizer: choose other data")
-            require(meta["sources"], f"{path} names no sources: make the data again")
-            for name in meta["sources"]:
-                for split in ("train", "val"):
-                    counts = meta["sources"][name][split]
-                    self.starts[name, split] = np.cumsum([0, *counts])
-                    self.blocks[name, split] = sum(counts) // sequence_length
-                    for number, count in enumerate(counts):
-                        path = self.shard(name, split, number)
-                        require(path.stat().st_size == 2 * count, f"{path} was cut short: make it again")
-
-    def shard(self, name: str, split: str, number: int) -> Path:
-        return self.folder / f"{name}-{split}-{number:05d}.bin"
-
-    def block(self, name: str, split: str, index: int) -> np.ndarray:
-        """Block `index` of a source, from one shard or several. -> ids [T], int64"""
-        T, starts, ids = self.sequence_length, self.starts[name, split], np.empty(0, np.int64)
-        while len(ids) < T:  # shards are opened for each read: there may be too many to keep open
-            position = index * T + len(ids)
-            number = int(np.searchsorted(starts, position, side="right")) - 1
-            path, count = self.shard(name, split, number), min(T - len(ids), starts[number + 1] - position)
-            part = np.fromfile(path, "<u2", count, offset=2 * (position - starts[number]))
-            intact = len(part) == count and part.max() < self.vocab_size
-            require(intact, f"{path} is damaged: make the data again")
-            ids = np.append(ids, part)
-        return ids
-
-    def evenly_spread(self, name: str, split: str, count: int) -> Tensor:
-        """`count` blocks of a source, or all if there are fewer. -> [N, T]"""
-        total = self.blocks[name, split]
-        require(total, f"source {name!r} ({split}) of {self.folder} is too short: add text")
-        count = min(total, count)
-        blocks = [self.block(name, split, i * total // count) for i in range(count)]
-        return torch.from_numpy(np.stack(blocks))
-
-def mixture_pattern(weights: dict[str, int], length: int) -> list[str]:
-    """The sources of the first `length` sequences: {"a": 3, "b": 2} gives a b a a b.
-
-    Let W be the sum of the weights. Sequence t goes to a source that is behind its share: it has had
-    n < t w_i / W. Of several, to the one whose next is due first, at sequence (n + 1) W / w_i, rounded
-    up (earliest deadline first). Then no count is ever off by a whole sequence (the bound of Tijdeman
-    1980, "The chairman assignment problem"). After W sequences all counts are exact, and the pattern repeats.
-    """
+    {"a": 3, "b": 2} gives a0 b0 a1 a2 b1, then the same order again. Let W be the sum of the
+    weights. Sequence t goes to a source that is behind its share: it has had n < t w_i / W.
+    Of several, the earliest **deadline** wins: the t at which t w_i / W reaches n + 1. Then
+    no count is ever off by a whole sequence (Tijdeman 1980, "The chairman assignment
+    problem"), and after W sequences all are exact."""
     total, given, pattern = sum(weights.values()), dict.fromkeys(weights, 0), []
-    for t in range(1, length + 1):
+    for t in range(1, total + 1):
         deadlines = {}
         for name, weight in weights.items():
             if t * weight > given[name] * total:
                 deadlines[name] = -(-(given[name] + 1) * total // weight)  # -(-a // b) rounds up
         earliest = min(deadlines, key=deadlines.__getitem__)
+        pattern.append((earliest, given[earliest]))
         given[earliest] += 1
-        pattern.append(earliest)
     return pattern
 
-def count_before(pattern: list[str], name: str, position: int) -> int:
-    """How many of the first `position` sequences come from source `name`."""
-    periods, rest = divmod(position, len(pattern))
-    return periods * pattern.count(name) + pattern[:rest].count(name)
-
 def permuted_index(index: int, size: int, key: str) -> int:
-    """The place of `index` in a random permutation of 0 .. size-1, chosen by `key`. Nothing is stored.
+    """The place of `index` in a shuffled order of 0 .. size-1, chosen by `key`. Nothing is
+    stored.
 
-    A Feistel network, as in block ciphers: write the index as two digits in base ceil(sqrt(size)), and
-    four times
+    A Feistel network, as in block ciphers: write the index as two digits in base
+    ceil(sqrt(size)), and four times
 
         (high, low) -> (low, (high + hash(key, round, low)) mod base)
 
-    A subtraction undoes a round, so this permutes all base^2 numbers. A result of size or more is
-    permuted again ("cycle walking"). The walk ends, because a repeated permutation returns to its
-    start. No two walks end at the same place, because walking back is unique too.
-    """
+    A subtraction undoes a round, so this permutes all base^2 numbers. A result of size or
+    more is permuted again ("cycle walking"). The walk ends, because a repeated permutation
+    returns to its start. No two walks end at the same place, because walking back is unique
+    too."""
     base = math.isqrt(size - 1) + 1
     while True:
         high, low = divmod(index, base)
@@ -750,32 +675,30 @@ def permuted_index(index: int, size: int, key: str) -> int:
             return index
 
 class StagedData:
-    """The batches of pre-training: a function of the training config, the shards and the step alone.
+    """The batches of pre-training: a function of the training config, the shards and the
+    step alone.
 
-    A stage's pattern names the source of each sequence. The number of earlier sequences of this source
-    is the number of its block, in an order that each **epoch** (once through all blocks) permutes anew.
-    """
-    def __init__(self, data: TokenData, config: TrainConfig) -> None:
+    A stage's pattern names the source of each sequence. The n-th sequence of a source is its
+    n-th block, in an order that each **epoch** (once through all blocks) permutes anew."""
+    def __init__(self, data: Any, config: TrainConfig):
         self.data, self.config, self.total_steps = data, config, config.stage_ends[-1]
         self.fingerprint = {"meta.json": file_sha256(data.folder / "meta.json")}
-        self.patterns = []  # of each stage
         self.starts = [0, *config.stage_ends]  # the first step of each stage
+        self.patterns = [mixture_pattern(stage.mixture) for stage in config.stages]
         self.used = [dict.fromkeys(config.stages[0].mixture, 0)]  # sequences of each source before each stage
-        for stage, start, end in zip(config.stages, self.starts, config.stage_ends):
-            sequences, used = (end - start) * config.batch_size, dict(self.used[-1])
-            pattern = mixture_pattern(stage.mixture, max(1, min(sequences, sum(stage.mixture.values()))))
-            for name in used:
-                used[name] += count_before(pattern, name, sequences)
-            self.patterns.append(pattern)
+        for number, stage in enumerate(config.stages):
+            steps, pattern = self.starts[number + 1] - self.starts[number], self.patterns[number]
+            periods, rest = divmod(steps * config.batch_size, len(pattern))
+            used = {name: count + periods * stage.mixture[name] for name, count in self.used[-1].items()}
+            for name, _ in pattern[:rest]:
+                used[name] += 1
             self.used.append(used)
-        self.epochs = {}  # how often the whole run reads each source
+        self.blocks, self.epochs = {}, {}  # of each source; how often the whole run reads it
         for name, count in self.used[-1].items():
-            for split in ("train", "val"):
-                found = data.blocks.get((name, split))
-                require(found, f"{data.folder}: source {name!r} ({split}) is missing or too short: add text")
-            self.epochs[name] = count / data.blocks[name, "train"]
-            require(self.epochs[name] <= MAX_EPOCHS, f"source {name!r} would be read {self.epochs[name]:.0f} "
-                    "times: add text, or train on fewer tokens")
+            self.blocks[name] = data.count_blocks(name, "train")
+            self.epochs[name] = count / self.blocks[name]
+            require(self.epochs[name] <= MAX_EPOCHS, f"source {name!r} would be read "
+                    f"{self.epochs[name]:.0f} times: add text, or train on fewer tokens")
 
     def stage_index(self, step: int) -> int:
         return sum(step >= end for end in self.config.stage_ends[:-1])
@@ -784,38 +707,30 @@ class StagedData:
         """The name of the stage of step `step`, counted from 0."""
         return self.config.stages[self.stage_index(step)].name
 
-    def locate(self, step: int, index: int) -> tuple[str, int]:
-        """Sequence `index` of step `step` -> its source and the number of its block."""
+    def locate(self, step: int, index: int) -> tuple[str, str, int]:
+        """Sequence `index` of step `step` -> source, split and number of its block."""
         stage = self.stage_index(step)
-        pattern = self.patterns[stage]
+        pattern, mixture = self.patterns[stage], self.config.stages[stage].mixture
         position = (step - self.starts[stage]) * self.config.batch_size + index  # in the stage
-        name = pattern[position % len(pattern)]
-        blocks = self.data.blocks[name, "train"]
-        epoch, place = divmod(self.used[stage][name] + count_before(pattern, name, position), blocks)
-        return name, permuted_index(place, blocks, f"{self.config.seed}/{name}/{epoch}")
+        name, earlier = pattern[position % len(pattern)]
+        earlier += self.used[stage][name] + position // len(pattern) * mixture[name]
+        blocks = self.blocks[name]
+        epoch, place = divmod(earlier, blocks)
+        return name, "train", permuted_index(place, blocks, f"{self.config.seed}/{name}/{epoch}")
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-        """input_ids and labels, 2 x [batch_size / world_size, T]."""
-        blocks = []
-        for index in range(rank, self.config.batch_size, world_size):
-            name, block = self.locate(step, index)
-            blocks.append(self.data.block(name, "train", block))
-        input_ids = torch.from_numpy(np.stack(blocks))
-        return input_ids, input_ids  # every token but the first is a target
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:  # [batch_size / world_size, T]
+        indices = range(rank, self.config.batch_size, world_size)
+        return self.data.read([self.locate(step, index) for index in indices])
 
-    def validation(self) -> dict[str, tuple[Tensor, Tensor]]:  # of each source
-        validation = {}
-        for name in self.used[0]:
-            input_ids = self.data.evenly_spread(name, "val", VALIDATION_SEQUENCES)
-            validation[name] = (input_ids, input_ids)
-        return validation
+    def validation(self) -> dict[str, Batch]:  # of each source
+        return {name: self.data.evenly_spread(name, "val", VALIDATION_SEQUENCES) for name in self.used[0]}
 
 # ==== 7. Optimizer ======================================================================
 #
-# AdamW keeps two running means per weight, its **moments**: of the gradient, and of its square. It
-# steps against the first, divided by the root of the second, so all weights move at a similar
-# speed. **Weight decay** also shrinks them a little. The learning rate rises during **warm-up**,
-# while the means are rough, and then falls along half a cosine.
+# AdamW keeps two running means per weight, its **moments**: of the gradient, and of its
+# square. It steps against the first, divided by the root of the second, so all weights move
+# at a similar speed. **Weight decay** also shrinks them a little. The learning rate rises
+# during **warm-up**, while the means are rough, and then falls along half a cosine.
 #
 #     m = beta1 m + (1 - beta1) g                     g is the gradient
 #     v = beta2 v + (1 - beta2) g^2                   m and v start at 0, so they are too small:
@@ -829,7 +744,7 @@ def make_optimizer(model: Danube3, config: TrainConfig) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.adam_eps,
                                   config.weight_decay, fused=True)  # fused: one pass over memory
-    for p in matrices + norms:  # made before the first step, so that a checkpoint can fill them
+    for p in matrices + norms:  # made now, so that a checkpoint can fill them
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
@@ -848,11 +763,11 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * (final + (1 - final) * cosine)
 
 # ==== 8. Training =======================================================================
-#
-# **Mixed precision**: linear layers compute in bf16 or fp16; weights, gradients and the residual
-# stream stay in fp32. bf16 has the range of fp32 and 8 bits of precision. fp16 has 11 bits, but no
-# number below 6e-8, where many gradients lie. So with fp16 a **gradient scaler** multiplies the
-# loss, and with it all gradients, and divides again before the step.
+# **Mixed precision**: products are computed in bf16 or fp16; trained weights, their
+# gradients and the residual stream are fp32. bf16 has the range of fp32 and 8 bits of
+# precision. fp16 has 11 bits, but no number below 6e-8, where many gradients of activations
+# lie. So with fp16 a **gradient scaler** multiplies the loss, and with it all gradients, and
+# divides again before the step.
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bf16 on GPUs of capability 8 or newer (older ones only emulate it), fp16 on older, else fp32."""
@@ -864,11 +779,18 @@ def autocast(device: torch.device) -> torch.autocast:
     dtype = compute_dtype(device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-# Several GPUs: torchrun starts `world_size` processes, one per GPU, numbered by `rank`. All run the
-# same lines and meet in **collective calls** such as all_reduce, which finish when all have made them.
-# **Fully sharded data parallel** (FSDP): each process stores 1 / world_size of every weight, gradient
-# and moment. Before a layer computes, its weights are collected (all-gather), and afterwards freed
-# (reshard). Gradients are averaged, and each process keeps its part (reduce-scatter).
+def use_activation_checkpointing(model: Danube3) -> None:
+    """**Activation checkpointing**: store only the input of each decoder layer, and
+    compute the layer again in the backward pass: less memory, up to a third more time."""
+    for layer in model.model.layers:  # (torch.compile would skip a functools.partial)
+        layer.forward = lambda *args, f=layer.forward: activation_checkpoint(f, *args, use_reentrant=False)
+
+# Several GPUs: torchrun starts `world_size` processes, one per GPU, numbered by `rank`. All
+# run the same lines and meet in **collective calls** such as all_reduce, which finish when
+# all have made them. **Fully sharded data parallel** (FSDP): each process stores 1 /
+# world_size of every weight and moment. Before a layer computes, its weights are collected
+# (all-gather), and afterwards freed (reshard). Gradients are averaged, and each process
+# keeps its part (reduce-scatter).
 
 def rank_and_world_size() -> tuple[int, int]:
     if dist.is_initialized():
@@ -882,8 +804,8 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 def shard_model(model: Danube3, device: torch.device) -> Danube3:
-    """Put a model on its device. With several ranks FSDP allocates each rank's part, and rank 0, which
-    alone needs the weights, sends them."""
+    """Put a model on its device. With several ranks FSDP allocates each rank's part,
+    and rank 0 sends the weights."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return model.to(device)
@@ -907,12 +829,14 @@ def sequence_lengths(labels: Tensor) -> Tensor:
     positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     return ((labels != IGNORE_INDEX) * positions).amax(dim=1)
 
-def micro_batches(input_ids: Tensor, labels: Tensor, size: int,
-                  device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(input_ids: Tensor, labels: Tensor, size: int, device: torch.device) -> Iterator[Batch]:
     """Split sequences [N, T] into micro-batches of at most `size`, each as short as possible."""
     for ids, own_labels in zip(input_ids.split(size), labels.split(size)):
         length = max(1, int(sequence_lengths(own_labels).amax()))
         yield ids[:, :length].to(device), own_labels[:, :length].to(device)
+
+def count_targets(labels: Tensor) -> Tensor:  # [N, T] -> []
+    return (labels[:, 1:] != IGNORE_INDEX).sum()
 
 def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tensor, labels: Tensor,
                config: TrainConfig, lr: float,
@@ -921,12 +845,11 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
 
         loss = sum of -log p(target) / number of targets, both over the whole step and all ranks
 
-    Trap: not the mean of the micro-batches' means. If one has 10 targets and the next 1,000, each
-    target of the first would count a hundred times as much. backward() adds the gradients up.
-    """
+    Trap: not the mean of the micro-batches' means. If one has 10 targets and the next 1,000,
+    each target of the first would count a hundred times as much."""
     device, world_size = model.device, rank_and_world_size()[1]
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    count = all_reduce((labels[:, 1:] != IGNORE_INDEX).sum().to(device)).clamp(min=1)  # of targets
+    count = all_reduce(count_targets(labels).to(device)).clamp(min=1)
     loss = torch.zeros((), device=device)
     batches = list(micro_batches(input_ids, labels, config.micro_batch_size, device))
     for number, (ids, own_labels) in enumerate(batches, start=1):
@@ -951,122 +874,30 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
 
 @torch.no_grad()
 def evaluate_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_size: int) -> float:
-    """Mean loss per target of sequences [N, T]. Ranks divide them if all get equally many: FSDP needs
-    equally many forward passes. Otherwise each rank computes all, with the same mean."""
+    """Mean loss per target of sequences [N, T]. FSDP needs equally many forward passes:
+    ranks share sequences evenly, or each computes all."""
     rank, world_size = rank_and_world_size()
     if len(labels) % world_size == 0:
         input_ids, labels = input_ids[rank::world_size], labels[rank::world_size]
     loss = torch.zeros((), device=model.device)
-    count = (labels[:, 1:] != IGNORE_INDEX).sum().to(model.device)  # of targets
     for ids, own_labels in micro_batches(input_ids, labels, micro_batch_size, model.device):
         loss += model(ids, own_labels)
-    return all_reduce(loss).item() / max(1, int(all_reduce(count)))
+    return all_reduce(loss).item() / max(1, int(all_reduce(count_targets(labels).to(model.device))))
 
-MAX_SKIPPED_STEPS = 20  # [ours] in a row; fp16's scaler needs up to 16 to find its scale
-
-class Trainer:
-    """A training run: model, optimizer, output directory, and how far it has come.
-
-    `data` has total_steps, stage(step), batch(step, rank, world_size), validation() and a fingerprint,
-    which must be equal on resume. `base` is the folder that the weights came from.
-    """
-    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData",
-                 resume: bool = False, base: Path | None = None, device: torch.device | None = None) -> None:
-        self.out, self.model, self.tokenizer, self.data, self.base = out, model, tokenizer, data, base
-        self.config, self.device = data.config, device or model.device
-        self.rank, self.world_size = rank_and_world_size()
-        self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
-        self.saved_step = -1  # of the newest checkpoint
-        self.resources = contextlib.ExitStack()  # open files and locks
-        require(self.config.batch_size % self.world_size == 0, f"{self.config.batch_size} sequences per step "
-                f"cannot be divided evenly among {self.world_size} processes: change one")
-        self.run_config = describe_run(self)  # this, the next, and resume_training: section 9
-        self.log = open_output_directory(self, resume)
-        self.model = shard_model(model, self.device).train()
-        self.optimizer = make_optimizer(self.model, self.config)
-        fp16 = compute_dtype(self.device) == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        if resume:
-            resume_training(self)
-
-    def take_step(self, peak_flops: float) -> dict[str, Any]:
-        """One optimizer step. -> its metrics. **MFU** (model FLOPs utilization) is the model's operations
-        per second over `peak_flops`, those that the devices can do."""
-        start, lr = time.perf_counter(), learning_rate(self.step, self.data.total_steps, self.config)
-        input_ids, labels = self.data.batch(self.step, self.rank, self.world_size)
-        loss, grad_norm = train_step(self.model, self.optimizer, input_ids, labels, self.config, lr,
-                                     self.scaler)
-        tokens = int(all_reduce(sequence_lengths(labels).sum().to(self.device)))
-        rate = tokens / (time.perf_counter() - start)
-        frozen = not self.model.model.norm.weight.requires_grad  # LoRA
-        flops = rate * flops_per_token(self.model.config, tokens // self.config.batch_size, frozen)
-        finite = math.isfinite(loss + grad_norm)
-        self.step, self.tokens = self.step + 1, self.tokens + tokens
-        self.skipped = 0 if finite else self.skipped + 1
-        metrics = {"step": self.step, "stage": self.data.stage(self.step - 1), "tokens": self.tokens,
-                   "loss": loss if finite else None, "lr": lr,  # JSON has no NaN
-                   "grad_norm": grad_norm if finite else None, "tokens_per_second": round(rate),
-                   "mfu": round(flops / peak_flops, 4)}
-        print(json.dumps(metrics), file=self.log, flush=True)
-        require(self.skipped < MAX_SKIPPED_STEPS, "the loss was not finite in "
-                f"{self.skipped} steps in a row: lower the learning rate")
-        return metrics
-
-    def validate(self) -> None:
-        """Log and print the validation loss of each source."""
-        losses, text = {}, f"step {self.step}, validation loss (perplexity):"
-        with autocast(self.device):
-            for name, batch in self.data.validation().items():
-                losses[name] = evaluate_loss(self.model, *batch, self.config.micro_batch_size)
-                text += f" {name} {losses[name]:.3f} ({math.exp(min(losses[name], 99)):,.1f})"
-        if self.world_size > 1:  # FSDP leaves the root unsharded when no backward pass follows
-            self.model.reshard()  # type: ignore[operator]
-        metrics = {"step": self.step, "stage": self.data.stage(max(0, self.step - 1)),  # of the last step
-                   "tokens": self.tokens, "val_loss": losses}
-        print(json.dumps(metrics), file=self.log, flush=True)
-        if self.rank == 0:
-            tqdm.write(text)  # above the progress bar
-
-def train(run: Trainer, peak_flops: float, interrupts: Sized = ()) -> bool:
-    """Train to the last step. -> False if something in `interrupts` ended it earlier.
-
-    It saves and validates every `save_every` steps and after each stage, and validates before step 0.
-    """
-    data = run.data
-    bar = tqdm(total=data.total_steps, initial=run.step, unit="step",
-               mininterval=1 if sys.stderr.isatty() else 10, disable=run.rank > 0)
-    with run.resources, bar:
-        for step in range(run.step, data.total_steps):
-            new_stage = data.stage(step) != data.stage(max(0, step - 1))
-            if new_stage or step % run.config.save_every == 0:
-                if step > 0:
-                    save_training(run)  # section 9
-                run.validate()
-            if all_reduce(torch.tensor(len(interrupts), device=run.device)) > 0:  # on any rank
-                save_training(run)
-                return False
-            metrics = run.take_step(peak_flops)
-            shown = ("stage", "loss", "tokens_per_second", "mfu")
-            bar.set_postfix({name: metrics[name] for name in shown}, refresh=False)
-            bar.update()
-        save_training(run)
-        run.validate()
-    return True
-
-# ==== 9. Checkpoints ====================================================================
+# ==== 9. Checkpoints and runs ===========================================================
 #
-# A checkpoint is a Hugging Face Llama folder, which transformers opens (if it is not quantized). It is
-# written as NAME.partial and renamed once all of it is on disk. So a folder with the right name is
-# whole, even after a power failure.
+# A checkpoint is a Hugging Face Llama folder, which transformers opens (if it is not
+# quantized). It is written as NAME.partial and renamed once it is on disk. So a folder with
+# the right name is whole, even after a power failure.
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
+    """Wait until a file or folder is on disk."""
     with contextlib.suppress(PermissionError):  # Windows opens no folders
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         os.fsync(handle)
@@ -1074,14 +905,14 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other programs away from a file or folder. The lock of a killed program ends too."""
+    """Keep our other programs off a path. The lock of a killed program ends too."""
     handle = os.open(path if fcntl else os.devnull, os.O_RDONLY)
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise DanubeError(f"{path} is in use by another program: wait, or choose another") from error
+        raise DanubeError(f"{path} is in use by another program: wait, or use another") from error
     finally:
         os.close(handle)
 
@@ -1094,30 +925,28 @@ def write_checksums(folder: Path) -> None:
         sync(path)
 
 def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".jsonl") -> None:
-    """Compare the files of at most `largest` bytes with SHA256SUMS. Downloaded folders have none.
-
-    Names that contain `skip` are not compared. Users may edit .jsonl files.
-    """
+    """Compare files of at most `largest` bytes with SHA256SUMS, if it is there, except
+    names with `skip`."""
     sums = folder / "SHA256SUMS"
-    if not sums.is_file():
-        return
-    for line in sums.read_text(errors="replace").splitlines():
+    lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
+    for line in lines:
         checksum, _, name = line.partition("  ")
         path = folder / name
-        if skip not in name:
-            intact = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum)
-            require(intact, f"{path} is missing or damaged: copy the folder again")
+        if skip in name:
+            continue
+        intact = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum)
+        require(intact, f"{path} is missing or damaged: copy the folder again")
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into. On success it becomes `folder`, otherwise it is removed."""
-    require(not folder.exists(), f"{folder} already exists: remove it, or choose another")
+    require(not folder.exists(), f"{folder} already exists: remove it, or use another")
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         try:
             for leftover in partial.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                leftover.unlink()
             yield partial
             write_checksums(partial)
             partial.rename(folder)
@@ -1125,33 +954,30 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file."""
-    try:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-        raise DanubeError(f"{path} cannot be written ({error}): is the disk full?") from error
+def write_tensors(path: Path, tensors: Tensors, dtype: torch.dtype | None = None) -> None:
+    """Write a safetensors file, its tensors in `dtype` (default: each in its own)."""
+    converted = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(converted, path, metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors lets nobody else read
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file, mapped into memory: only what is used is read."""
     with reading(path), safetensors.safe_open(path, framework="pt") as file:
-        for name in file.keys():
-            yield name, file.get_tensor(name)
+        return {name: file.get_tensor(name) for name in file.keys()}
 
-def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in a file. Without the file: `default`, if that is given."""
-    if default is not None and not path.exists():
-        return default
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} without the file."""
     with reading(path):
-        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
+        return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.exists() else {}
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
+# The only values that Danube3 computes. config.json may omit them.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 def read_config(folder: Path) -> DanubeConfig:
-    """config.json of a Hugging Face folder. What Danube3 does not compute is refused, not ignored."""
+    """config.json of a Hugging Face folder. Another architecture is refused."""
     path = folder / "config.json"
     with reading(path):
         raw = read_json(path)
@@ -1159,7 +985,7 @@ def read_config(folder: Path) -> DanubeConfig:
         raw["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
         for name, value in {**FIXED, "partial_rotary_factor": 1.0, "rope_type": "default"}.items():
             found = raw.get(name, value)
-            require(found == value, f"{path}: {name} is {found!r}, and Danube3 has {value!r}")
+            require(found == value, f"{path}: {name} is {found!r}: Danube3 needs {value!r}")
         heads = raw["num_attention_heads"]
         values = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // max(1, heads),
                   "rope_theta": rope.get("rope_theta", 1e4), "initializer_range": 0.02,
@@ -1173,28 +999,26 @@ def read_config(folder: Path) -> DanubeConfig:
         return DanubeConfig(**values)
 
 def read_stop_ids(folder: Path, config: DanubeConfig) -> list[int]:
-    """The ids that end a text. A folder may list several."""
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name, {}).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        if ids and all(type(i) is int for i in ids):
-            return ids
-    return [config.eos_token_id]
+    """The ids that end a text. A folder may list several; generation_config.json has the last word."""
+    ids = read_json(folder / "generation_config.json").get("eos_token_id")
+    ids = ids or read_json(folder / "config.json").get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in ids if type(i) is int] or [config.eos_token_id]
 
 def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     """The tokenizer of a checkpoint. One that does not fit the model is refused."""
-    settings = read_json(folder / "tokenizer_config.json", {})
+    path = folder / "tokenizer_config.json"
+    settings, added = read_json(path), read_json(folder / "added_tokens.json")
     tokenizer = Tokenizer(folder / "tokenizer.model", bool(settings.get("add_bos_token", True)))
     tokenizer.chat_template = settings.get("chat_template") or CHAT_TEMPLATE
     special = (tokenizer.sp.bos_id(), tokenizer.sp.eos_id())
     fits = special == (config.bos_token_id, config.eos_token_id) and tokenizer.vocab_size <= config.vocab_size
-    require(fits, f"{folder}/tokenizer.model has more pieces, or other ids of <s> and </s>: use its own")
-    added = read_json(folder / "added_tokens.json", {})
-    with reading(folder / "tokenizer_config.json"):
-        for token_id, token in dict(settings.get("added_tokens_decoder", {})).items():
+    require(fits, f"{folder}/tokenizer.model has more tokens, or other ids of <s>, </s>: use the model's")
+    with reading(path):
+        for token_id, token in settings.get("added_tokens_decoder", {}).items():
             added[token["content"]] = int(token_id)
-        for token, token_id in added.items():
-            require(token_id < tokenizer.vocab_size, f"{folder}/tokenizer.model lacks {token!r}: use its own")
+        lacking = [token for token, token_id in added.items() if token_id >= tokenizer.vocab_size]
+        require(not lacking, f"{folder}/tokenizer.model lacks {lacking}: use the model's")
     return tokenizer
 
 def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: torch.dtype,
@@ -1209,51 +1033,40 @@ def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: to
         "eos_token_id": model.stop_ids if len(model.stop_ids) > 1 else config.eos_token_id})
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tokenizer.add_bos,
-        "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "pad_token": "<unk>", "clean_up_tokenization_spaces": False,
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
         "model_max_length": config.max_position_embeddings, "chat_template": tokenizer.chat_template})
     (folder / "tokenizer.model").write_bytes(tokenizer.content)
-
-def write_model(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: torch.dtype,
-                weights: dict[str, Tensor]) -> None:
-    write_settings(folder, model, tokenizer, dtype)
-    converted = {name: weight.to("cpu", dtype).contiguous() for name, weight in weights.items()}
-    write_tensors(folder / "model.safetensors", converted)
 
 def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer,
                     dtype: torch.dtype = torch.float32) -> None:
     """Write a complete checkpoint, its weights in `dtype`."""
     with atomic_folder(folder) as partial:
-        write_model(partial, model, tokenizer, dtype, model.state_dict())
+        write_settings(partial, model, tokenizer, dtype)
+        write_tensors(partial / "model.safetensors", model.state_dict(), dtype)
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: a single one, or those that an index names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        if index.is_file():  # from an older export; transformers ignores it too
-            print(f"{index} is ignored: {single.name} is there", file=sys.stderr)
-        return [single]
-    require(index.is_file(), f"{single} is missing; pickle files (.bin, .pt) are not read: convert them")
-    with reading(index):
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        require(all(Path(name).name == name for name in names), f"{index} names files outside its folder")
-    return [folder / name for name in names]
-
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield all weights. One matrix stored for both embedding and head ("tied") is yielded twice."""
-    tied = read_json(folder / "config.json", {}).get("tie_word_embeddings")
-    twin = {"model.embed_tokens.weight": "lm_head.weight", "lm_head.weight": "model.embed_tokens.weight"}
-    found = {}
-    for path in weight_files(folder):
-        for name, weight in read_tensors(path):
+def read_weights(folder: Path) -> Tensors:
+    """All weights, from one safetensors file or those that an index names, mapped into memory."""
+    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    single = (folder / files[0]).is_file()
+    require(single or index.is_file(), f"{folder} has no {files[0]}; convert pickle files (.bin) to it")
+    if single and index.is_file():  # transformers ignores such an index too
+        print(f"{index} is ignored: {files[0]} is there", file=sys.stderr)
+    elif not single:
+        with reading(index):
+            files = sorted(set(read_json(index)["weight_map"].values()))
+            inside = files == [Path(file).name for file in files]
+            require(inside, f"{index} names files outside its folder")
+    weights: Tensors = {}
+    for file in files:
+        for name, weight in read_tensors(folder / file).items():
             name = name.replace("_orig_mod.", "").removeprefix("module.")  # from torch.compile, from DDP
-            if name in twin:
-                found[name] = weight
             if not name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
-                yield name, weight
-    if tied and len(found) == 1:
-        for name, weight in found.items():
-            yield twin[name], weight
+                weights[name] = weight
+    tied = read_json(folder / "config.json").get("tie_word_embeddings")
+    for name, twin in (("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")):
+        if tied and f"{name}.weight" in weights:  # one matrix for both, unless both are stored
+            weights.setdefault(f"{twin}.weight", weights[f"{name}.weight"])
+    return weights
 
 def weights_sha256(folder: Path) -> str:
     checksums = "".join(file_sha256(path) for path in sorted(folder.glob("*model*.safetensors")))
@@ -1271,150 +1084,199 @@ def checkpoints_in(out: Path) -> list[Path]:
 def find_checkpoint(path: str | Path) -> Path:
     """Return `path` if it is a checkpoint, or the newest checkpoint inside an output directory."""
     path = Path(path)
-    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-        return path
-    checkpoints = checkpoints_in(path)
-    require(checkpoints, f"{path} does not exist, or is no checkpoint and holds none: give another")
-    return checkpoints[-1]
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        found = checkpoints_in(path)
+        require(found, f"{path} does not exist, or is no checkpoint and holds none: use another")
+        path = found[-1]
+    return path
 
-# A run also saves its **training state**: the optimizer's moments, the step, and the fp32 **master
-# weights** if model.safetensors has a smaller type.
+MAX_SKIPPED_STEPS = 20  # [ours] in a row; fp16's scaler needs up to 16 to find its scale
 
-def describe_run(run: Trainer) -> dict[str, Any]:
-    """The run config as JSON stores it. It must be equal on all ranks, and when the run is resumed."""
-    training = asdict(run.config)
-    del training["save_every"], training["micro_batch_size"]  # these may change
-    trainable = sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad)
-    described = {"model": asdict(run.model.config), "training": training, "data": run.data.fingerprint,
-                 "start": {"trainable": trainable, "weights": weights_sha256(run.base) if run.base else None}}
-    text = json.dumps([described, str(checkpoints_in(run.out))])
-    texts = [text] * run.world_size
-    if run.world_size > 1:
-        dist.all_gather_object(texts, text)
-    require(text == texts[0], f"rank {run.rank} has other flags, data or files than rank 0: start all alike")
-    return json.loads(text)[0]
+class Trainer:
+    """A training run: model, optimizer, output directory, and how far it has come.
 
-def open_output_directory(run: Trainer, resume: bool) -> Any:
-    """Check and lock the output directory. -> metrics.jsonl, open; only rank 0 writes to it"""
-    out, found = run.out, checkpoints_in(run.out)
-    require(not (out / "config.json").exists(), f"{out} is a checkpoint: choose another --out")
-    require(found or not resume, f"nothing to resume: {out} holds no checkpoint; leave --resume out")
-    require(resume or not found, f"{out} already holds a run: add --resume, or choose another --out")
-    if run.rank > 0:
-        return run.resources.enter_context(open(os.devnull, "a"))
-    out.mkdir(parents=True, exist_ok=True)
-    run.resources.enter_context(locked(out))
-    return run.resources.enter_context(open(out / "metrics.jsonl", "a" if resume else "w"))
+    `data` is StagedData or ChatData; `base` is the folder that the weights came from."""
+    def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData",
+                 resume: bool = False, base: Path | None = None, device: torch.device | None = None):
+        self.out, self.tokenizer, self.data, self.base = out, tokenizer, data, base
+        self.config, self.device = data.config, device or model.device
+        self.rank, self.world_size = rank_and_world_size()
+        self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
+        self.lora = not model.model.norm.weight.requires_grad
+        self.run_config = json.loads(json.dumps({  # no tuples
+            **asdict(model.config), **asdict(self.config), **data.fingerprint,
+            "save_every": 1, "micro_batch_size": 1,  # may change
+            "base": weights_sha256(base) if base else None}))
+        found = checkpoints_in(out)
+        require(found or not resume, f"nothing to resume: {out} holds no checkpoint")
+        require(resume or not found, f"{out} already holds a run: add --resume, or use another --out")
+        self.resources = contextlib.ExitStack()  # open files and locks
+        if self.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            self.resources.enter_context(locked(out))
+        log = out / "metrics.jsonl" if self.rank == 0 else os.devnull
+        self.log = self.resources.enter_context(open(log, "a" if resume else "w"))
+        self.model = shard_model(model, self.device).train()
+        self.optimizer = make_optimizer(self.model, self.config)
+        fp16 = compute_dtype(self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        if resume:
+            self.resume()
 
-def training_tensors(run: Trainer) -> Iterator[tuple[str, Tensor]]:
-    """All trainable weights and AdamW's state of each. With several ranks they are sharded."""
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad:
-            yield f"weights.{name}", parameter.detach()
-            for key, tensor in run.optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
-                yield f"{key}.{name}", tensor
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All trainable weights and AdamW's state of each. With several ranks they are sharded."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield f"weights.{name}", parameter.detach()
+                for key, tensor in self.optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
+                    yield f"{key}.{name}", tensor
 
-def save_training(run: Trainer) -> None:
-    """Save this step and remove older checkpoints. All ranks must call this."""
-    if run.saved_step < run.step:
-        write_training_checkpoint(run)
-        run.saved_step = run.step
-    if run.rank == 0:
-        for old in checkpoints_in(run.out)[:-1]:  # renamed first: half of a folder must not look whole
+    def save(self) -> None:
+        """Gather the tensors on rank 0, which writes them. All ranks must call this."""
+        tensors: Tensors = {}
+        for name, tensor in self.tensors():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective call
+            if self.rank == 0:
+                tensors[name] = full.cpu()
+        if self.rank == 0:
+            self.write(tensors)
+            self.remove_old()
+        if self.world_size > 1:
+            dist.barrier()  # wait for rank 0: torchrun kills it when another rank ends by Ctrl-C
+
+    def remove_old(self) -> None:  # checkpoints; renamed first: half a folder must not look whole
+        for old in checkpoints_in(self.out)[:-1]:
             old.rename(old.with_name(f"{old.name}.partial"))
-        for leftover in run.out.glob("step-*.partial"):
-            shutil.rmtree(leftover)
-    if run.world_size > 1:
-        dist.barrier()  # torchrun kills the others when one rank ends with exit code 130
+        for leftover in self.out.glob("step-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
-def write_training_checkpoint(run: Trainer) -> None:
-    """Gather all tensors on rank 0, which writes them."""
-    dtype, lora = compute_dtype(run.device), not run.model.model.norm.weight.requires_grad
-    weights, state = {}, {}
-    for name, tensor in training_tensors(run):
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()  # a collective call
-        if run.rank == 0:
-            state[name] = tensor.cpu()
-        if run.rank == 0 and name.startswith("weights."):
-            weights[name.removeprefix("weights.")] = state[name]
-            if dtype == torch.float32 and not lora:
-                del state[name]  # model.safetensors has it
-    if run.rank > 0:
-        return
-    finite = all(map(is_finite, weights.values()))
-    require(finite, f"the weights are not finite after step {run.step}: lower the learning rate")
-    sync(run.out / "metrics.jsonl")
-    with atomic_folder(run.out / f"step-{run.step:07d}") as partial:
-        if lora:
-            start = run.run_config["start"]["weights"]  # the base may have changed since
-            write_adapters(partial, run.model, weights, run.base, start)  # section 10
-        else:
-            write_model(partial, run.model, run.tokenizer, dtype, weights)
-        write_tensors(partial / "training_state.safetensors", state)
-        write_json(partial / "training_state.json", {
-            "step": run.step, "tokens": run.tokens, "skipped": run.skipped,
-            "log_lines": (run.out / "metrics.jsonl").read_bytes().count(b"\n") if run.step else 0,
-            "scaler": run.scaler.state_dict(), "run_config": run.run_config})
+    def write(self, tensors: Tensors) -> None:
+        """Write a checkpoint and the **training state**: fp32 **master weights**, moments, the step."""
+        weights: Tensors = {}
+        for name, tensor in tensors.items():
+            if name.startswith("weights."):
+                weights[name.removeprefix("weights.")] = tensor
+        finite = all(map(is_finite, weights.values()))
+        require(finite, f"the weights are not finite after step {self.step}: lower the learning rate")
+        sync(self.out / "metrics.jsonl")
+        with atomic_folder(self.out / f"step-{self.step:07d}") as partial:
+            if self.lora and self.base:
+                write_adapters(partial, self.model, weights, self.base, self.run_config["base"])
+            else:
+                dtype = compute_dtype(self.device)
+                write_settings(partial, self.model, self.tokenizer, dtype)
+                write_tensors(partial / "model.safetensors", weights, dtype)
+            write_tensors(partial / "training_state.safetensors", tensors)
+            write_json(partial / "training_state.json", {
+                "step": self.step, "tokens": self.tokens, "skipped": self.skipped,
+                "log_lines": (self.out / "metrics.jsonl").read_bytes().count(b"\n"),
+                "scaler": self.scaler.state_dict(), "run_config": self.run_config})
 
-def fill_tensor(target: Tensor | None, full: Tensor, name: str) -> None:
-    """Copy a full tensor into one that may be sharded. All ranks must call this."""
-    require(is_finite(full), f"{name} is not finite: choose another --out")
-    if target is None or full.shape != target.shape:
-        raise DanubeError(f"{name} is not part of this run, or has another shape: choose another --out")
-    full = full.to(target.device)
-    if isinstance(target, DTensor):
-        full = distribute_tensor(full, target.device_mesh, target.placements)
-    target.copy_(full)
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, whatever number of processes wrote it."""
+        folder = checkpoints_in(self.out)[-1]
+        if self.rank == 0:
+            verify_checksums(folder)
+            self.remove_old()
+        with reading(folder / "training_state.json"):
+            state = read_json(folder / "training_state.json")
+            for name, value in self.run_config.items():
+                saved = state["run_config"].get(name)
+                require(saved == value, f"{folder} was made with another {name} ({saved!s:.60}): "
+                        "use the same flags and data, or another --out")
+            if state["scaler"]:  # empty if no scaler was needed
+                self.scaler.load_state_dict(state["scaler"])
+            self.step, self.tokens = int(state["step"]), int(state["tokens"])
+            self.skipped, kept = int(state["skipped"]), int(state["log_lines"])
+        tensors, stored = dict(self.tensors()), read_tensors(folder / "training_state.safetensors")
+        same = tensors.keys() == stored.keys()
+        require(same, f"{folder} holds other tensors than this run has: use another --out")
+        for name, tensor in tensors.items():
+            full = stored[name].to(self.device)
+            require(full.shape == tensor.shape and is_finite(full), f"{folder}: {name} does not fit this run")
+            if isinstance(tensor, DTensor):
+                full = distribute_tensor(full, tensor.device_mesh, tensor.placements)  # a collective call
+            tensor.copy_(full)
+        if self.rank == 0:  # what was logged later will be logged again
+            lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            self.log.truncate(sum(map(len, lines[:kept])))
 
-def resume_training(run: Trainer) -> None:
-    """Continue from the newest checkpoint, whatever number of processes wrote it."""
-    folder = checkpoints_in(run.out)[-1]
-    if run.rank == 0:
-        verify_checksums(folder)
-    state = read_json(folder / "training_state.json")
-    with reading(folder / "training_state.json"):
-        for part, values in run.run_config.items():
-            for name, value in values.items():
-                saved = state["run_config"][part].get(name)
-                require(saved == value, f"{folder} was made with another {part} ({name} was {saved!s:.60}): "
-                        "resume with that run's flags and data, or choose another --out")
-    targets = dict(training_tensors(run))
-    for name, full in read_tensors(folder / "training_state.safetensors"):
-        fill_tensor(targets.pop(name, None), full, f"{folder}: {name}")
-    if targets:  # then model.safetensors has the weights
-        for name, full in read_weights(folder):
-            fill_tensor(targets.pop(f"weights.{name}", None), full, f"{folder}: {name}")
-    require(not targets, f"{folder} lacks {len(targets)} tensors of this run: choose another --out")
-    with reading(folder / "training_state.json"):
-        if state["scaler"]:  # empty if no scaler was needed
-            run.scaler.load_state_dict(state["scaler"])
-        run.step, run.tokens, run.skipped = (int(state[name]) for name in ("step", "tokens", "skipped"))
-        run.saved_step = run.step
-        if run.rank == 0:  # what was logged later will be logged again
-            lines = (run.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-            run.log.truncate(sum(map(len, lines[:state["log_lines"]])))
+    def take_step(self, peak_flops: float) -> dict[str, Any]:
+        """One optimizer step. -> its metrics. **MFU** (model FLOPs utilization) is the
+        model's operations per second over `peak_flops`, the devices' maximum."""
+        start, lr = time.perf_counter(), learning_rate(self.step, self.data.total_steps, self.config)
+        input_ids, labels = self.data.batch(self.step, self.rank, self.world_size)
+        loss, grad_norm = train_step(self.model, self.optimizer, input_ids, labels, self.config, lr,
+                                     self.scaler)
+        tokens = int(all_reduce(sequence_lengths(labels).sum().to(self.device)))
+        rate = tokens / (time.perf_counter() - start)
+        flops = rate * flops_per_token(self.model.config, tokens // self.config.batch_size, self.lora)
+        finite = math.isfinite(loss + grad_norm)
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.skipped = 0 if finite else self.skipped + 1
+        metrics = {"step": self.step, "stage": self.data.stage(self.step - 1), "tokens": self.tokens,
+                   "loss": loss if math.isfinite(loss) else None, "lr": lr,  # JSON has no NaN
+                   "grad_norm": grad_norm if finite else None, "tokens_per_second": round(rate),
+                   "mfu": round(flops / peak_flops, 4)}
+        print(json.dumps(metrics), file=self.log, flush=True)
+        require(self.skipped < MAX_SKIPPED_STEPS,
+                f"no finite gradient in {self.skipped} steps in a row: lower the learning rate")
+        return metrics
+
+    def validate(self) -> None:
+        """Log and print the validation loss of each source."""
+        losses, text = {}, f"step {self.step}, validation loss:"
+        for name, batch in self.data.validation().items():
+            with autocast(self.device):
+                losses[name] = evaluate_loss(self.model, *batch, self.config.micro_batch_size)
+            text += f" {name} {losses[name]:.3f}"
+        if self.world_size > 1:  # FSDP frees embedding and head only after a backward pass
+            self.model.reshard()  # type: ignore[operator]
+        stage = self.data.stage(max(0, self.step - 1))  # of the last step
+        metrics = {"step": self.step, "stage": stage, "tokens": self.tokens, "val_loss": losses}
+        print(json.dumps(metrics), file=self.log, flush=True)
+        if self.rank == 0:
+            tqdm.write(text)  # above the progress bar
+
+    def is_milestone(self) -> bool:
+        """Whether to save and validate: every `save_every` steps, after each stage or epoch."""
+        last, stage = self.step == self.data.total_steps, self.data.stage
+        return last or self.step % self.config.save_every == 0 or stage(self.step) != stage(self.step - 1)
+
+def train(run: Trainer, peak_flops: float, interrupts: Sized = ()) -> bool:
+    """Train to the last step. -> False if something in `interrupts` ended it."""
+    total_steps = run.data.total_steps
+    bar = tqdm(total=total_steps, initial=run.step, unit="step",
+               mininterval=1 if sys.stderr.isatty() else 10, disable=run.rank > 0)
+    with run.resources, bar:
+        if run.is_milestone():
+            run.validate()
+        while run.step < total_steps:
+            metrics = run.take_step(peak_flops)
+            bar.set_postfix(stage=metrics["stage"], loss=metrics["loss"], mfu=metrics["mfu"], refresh=False)
+            bar.update()
+            stopped = all_reduce(torch.tensor(len(interrupts), device=run.device)) > 0  # on any rank
+            if stopped or run.is_milestone():
+                run.save()
+            if stopped and run.step < total_steps:
+                return False
+            if run.is_milestone():
+                run.validate()
+    return True
 
 # ==== 10. Fine-tuning ===================================================================
 #
-# **Supervised fine-tuning** (SFT) on conversations teaches a base model to answer. Only the batches
-# are new. **LoRA** (arXiv 2106.09685) freezes all weights and trains a **low-rank update** of each
-# linear layer in the decoder layers [ours], whose gradients and moments need hardly any memory. On a
-# quantized base this is **QLoRA** (arXiv 2305.14314).
+# **Supervised fine-tuning** (SFT) on conversations teaches a base model to answer. Only the
+# batches are new. **LoRA** (arXiv 2106.09685) freezes all weights and trains a **low-rank
+# update** of each linear layer in the decoder layers [ours], whose gradients and moments
+# need little memory. On a quantized base this is **QLoRA** (arXiv 2305.14314).
 
 SFT_TOKENS = 8_192  # [ours] tokens of a micro-batch, unless one conversation is longer
 VALIDATION_SHARE = 0.05  # [ours] of the conversations, at most 256
 
-def sft_config(config: DanubeConfig, lora: bool = False) -> TrainConfig:
-    """1e-4 for LoRA is H2O LLM Studio's default. The rest is [ours]: a tenth for full fine-tuning, both
-    times 1536 / width."""
-    lr = (1e-4 if lora else 1e-5) * 1536 / config.hidden_size
-    return TrainConfig(batch_size=16, micro_batch_size=16, learning_rate=lr, weight_decay=0.0,
-                       warmup_fraction=0.05, save_every=500)
-
-def pad_sequences(sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Sequences [2, T_i] of input_ids and labels -> 2 x [N, T], the longest first. Padding has id 0 and
-    IGNORE_INDEX. It is on the right, where no other token attends to it."""
+def pad_sequences(sequences: list[np.ndarray]) -> Batch:
+    """Sequences [2, T_i] of input_ids and labels -> 2 x [N, T], the longest first. Padding
+    (id 0, label IGNORE_INDEX) is on the right, where no other token attends to it."""
     longest_first = sorted(sequences, key=np.size, reverse=True)
     padded = torch.zeros(2, len(sequences), longest_first[0].shape[1], dtype=torch.long)
     padded[1] = IGNORE_INDEX
@@ -1423,15 +1285,22 @@ def pad_sequences(sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return padded[0], padded[1]
 
 class ChatData:
-    """Conversations as batches. Each is cut after its last answer that ends within the context. The order
-    is new in each epoch. In a batch the longest come first: similar lengths share a micro-batch."""
-    def __init__(self, conversations: list[list[dict[str, str]]], tokenizer: Tokenizer, context: int,
-                 config: TrainConfig, epochs: int = 1, fingerprint: dict[str, Any] | None = None) -> None:
-        require(epochs <= MAX_EPOCHS, f"{epochs:,} epochs: more than {MAX_EPOCHS} teach nothing")
-        self.summary = ""
-        encoded = self.encode(conversations, tokenizer, context)
+    """Conversations as batches, in a new order in each epoch. Each is cut after its last
+    answer that ends within the context. In a batch the longest come first: similar lengths
+    share a micro-batch."""
+    def __init__(self, conversations: list[Messages], tokenizer: Tokenizer, context: int,
+                 config: TrainConfig, epochs: int = 1, fingerprint: dict[str, Any] | None = None):
+        encoded, lost = [], 0  # sequences [2, T] of input_ids and labels; answers that end too late
+        for messages in tqdm(conversations, "encode", leave=False, disable=None):
+            sequence = np.array(render_chat(messages, tokenizer), np.int32)
+            ends = np.flatnonzero(sequence[1] == tokenizer.sp.eos_id()) + 1  # of the answers
+            fitting = ends[ends <= context]
+            lost += len(ends) - len(fitting)
+            if len(fitting):
+                encoded.append(sequence[:, :fitting[-1]])
         total = len(encoded)
-        require(total > 1, f"{self.summary}: add some, training and validation need one each")
+        self.summary = f"{total:,} conversations for {context:,} tokens; {lost:,} answers cut off"
+        require(total > 1, f"{self.summary}: two are needed, so add some")
         shuffled = [encoded[permuted_index(i, total, "split")] for i in range(total)]
         held_out = min(256, math.ceil(VALIDATION_SHARE * total))
         self.held_out, self.sequences = shuffled[:held_out], shuffled[held_out:]
@@ -1443,44 +1312,29 @@ class ChatData:
         self.total_steps = math.ceil(epochs * len(self.sequences) / batch_size)
         self.fingerprint = {**(fingerprint or {}), "epochs": epochs}
 
-    def encode(self, conversations: list[list[dict[str, str]]], tokenizer: Tokenizer,
-               context: int) -> list[np.ndarray]:  # [2, T] each: input_ids and labels
-        encoded, lost = [], 0
-        for messages in tqdm(conversations, "encode", leave=False, disable=None):
-            sequence = np.array(render_chat(messages, tokenizer), np.int32)  # [2, T]
-            ends = np.flatnonzero(sequence[1] == tokenizer.sp.eos_id()) + 1  # of the answers
-            fitting = ends[ends <= context]
-            lost += len(ends) - len(fitting)
-            if len(fitting):
-                encoded.append(sequence[:, :fitting[-1]])
-        self.summary = (f"{len(encoded):,} conversations have an answer within {context:,} tokens; "
-                        f"{lost:,} answers end later")
-        return encoded
-
     def stage(self, step: int) -> str:
         return f"epoch {step * self.config.batch_size // len(self.sequences) + 1}"
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-        """input_ids and labels, 2 x [batch_size / world_size, T]"""
-        chosen, total = [], len(self.sequences)
-        first = step * self.config.batch_size
-        for i in range(first, first + self.config.batch_size):
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:  # [batch_size / world_size, T]
+        chosen, total, size = [], len(self.sequences), self.config.batch_size
+        for i in range(step * size, (step + 1) * size):
             epoch, place = divmod(i, total)
             index = permuted_index(place, total, f"{self.config.seed}/chat/{epoch}")
             chosen.append(self.sequences[index])
         input_ids, labels = pad_sequences(chosen)
         return input_ids[rank::world_size], labels[rank::world_size]
 
-    def validation(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def validation(self) -> dict[str, Batch]:
         return {"chat": pad_sequences(self.held_out)}
 
 LORA_ALPHA = 16  # H2O LLM Studio's default, with rank 4
 
 class LoRALinear(nn.Module):
-    """y = W x + (alpha / rank) lora_B lora_A x, with W frozen, lora_A [rank, in], lora_B [out, rank]. Both
-    are fp32, because steps are often smaller than the distance between two bf16 numbers."""
+    """y = W x + (alpha / rank) lora_B lora_A x, with W frozen, lora_A [rank, in], lora_B
+    [out, rank]. Both are fp32: steps are often smaller than the distance between two bf16
+    numbers."""
     def __init__(self, base_layer: "nn.Linear | QuantizedLinear", rank: int,
-                 alpha: float = LORA_ALPHA) -> None:
+                 alpha: float = LORA_ALPHA):
         super().__init__()
         self.base_layer, self.scale = base_layer, alpha / rank
         self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False)
@@ -1496,11 +1350,9 @@ def decoder_linears(model: Danube3) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if name.endswith("_proj")}
 
 def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
-    """Freeze the model and put an adapter on each linear layer of its decoder layers. Outputs of lora_A
-    start with the size of its inputs. lora_B starts at 0, so at first nothing changes. Norms become
-    fp32, and with them the residual stream."""
-    smallest = min(model.config.hidden_size, model.config.num_key_value_heads * model.config.head_dim)
-    require(1 <= rank <= smallest, f"LoRA rank {rank}: use 1 to {smallest}, the smallest layer's size")
+    """Freeze the model and put an adapter on each linear layer of its decoder layers. lora_A
+    starts random, lora_B at 0, so it adds nothing at first. Norms become fp32, and with them
+    the residual stream."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -1513,49 +1365,47 @@ def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
         model.set_submodule(name, lora.to(model.device))
     return model
 
-def merge_lora(model: Danube3) -> Danube3:
-    """Add every low-rank update to its weight, in place."""
-    for name, lora in decoder_linears(model).items():
-        if isinstance(lora, LoRALinear):
-            weight = lora.base_layer.weight  # [out, in]
-            update = lora.scale * (lora.lora_B.weight @ lora.lora_A.weight)
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter((weight.to(update.dtype) + update).to(weight.dtype).detach())
-            model.set_submodule(name, linear)
-    return model
-
 PEFT_PREFIX = "base_model.model."  # of tensor names in peft's files
-PLAIN_LORA: dict[str, list] = {  # what adapter_config.json may say; else peft computes something else
-    "peft_type": ["LORA"], "use_dora": [None, False], "use_rslora": [None, False],
-    "rank_pattern": [None, {}], "alpha_pattern": [None, {}], "modules_to_save": [None],
-    "alora_invocation_tokens": [None], "init_lora_weights": [None, True, False, "gaussian", "eva"]}
+# Fields of adapter_config.json that must be empty, or peft computes otherwise.
+NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+             "alora_invocation_tokens")
 
-def write_adapters(folder: Path, model: Danube3, weights: dict[str, Tensor], base: Path | None,
-                   sha256: str | None = None) -> None:
-    """Write the adapters alone, in peft's layout. `base` has the other weights, `sha256` is theirs."""
-    assert base is not None
+def write_adapters(folder: Path, model: Danube3, weights: Tensors, base: Path,
+                   base_sha256: str) -> None:
+    """Write the adapters alone, in peft's layout. `base` has the other weights."""
     lora = next(module for module in model.modules() if isinstance(module, LoRALinear))
     rank = lora.lora_A.out_features
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.resolve()),
         "r": rank, "lora_alpha": lora.scale * rank, "lora_dropout": 0.0, "bias": "none",
-        "inference_mode": True, "target_modules": sorted({name.split(".")[-3] for name in weights})})
-    (folder / "base.sha256").write_text((sha256 or weights_sha256(base)) + "\n")  # ours; peft ignores it
-    tensors = {PEFT_PREFIX + name: weight.contiguous() for name, weight in weights.items()}
+        "target_modules": sorted({name.split(".")[-3] for name in weights})})
+    (folder / "base.sha256").write_text(f"{base_sha256}\n")  # ours; peft ignores it
+    tensors = {PEFT_PREFIX + name: weight for name, weight in weights.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors)
+
+def adapter_base(folder: Path) -> Path:
+    """The checkpoint that adapters were trained on."""
+    base = Path(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
+    require((base / "config.json").is_file(), f"{folder} holds adapters to {base}: put that checkpoint there")
+    sha256 = folder / "base.sha256"
+    same = not sha256.is_file() or sha256.read_text(errors="replace").strip() == weights_sha256(base)
+    require(same, f"{folder} holds adapters to other weights than those in {base}: put the old ones back")
+    return base
 
 def load_adapters(model: Danube3, folder: Path) -> Danube3:
     """Put a folder's adapters on the linear layers they were trained for."""
-    config, linears, weights = read_json(folder / "adapter_config.json"), decoder_linears(model), {}
-    for field, plain in PLAIN_LORA.items():
-        require(config.get(field) in plain, f"{folder}/adapter_config.json is not plain LoRA ({field})")
-    for name, weight in read_tensors(folder / "adapter_model.safetensors"):
+    path, linears, weights = folder / "adapter_config.json", decoder_linears(model), {}
+    for name, weight in read_tensors(folder / "adapter_model.safetensors").items():
         require(is_finite(weight), f"{folder}: {name} is not finite: take an earlier checkpoint")
         weights[name.removeprefix(PEFT_PREFIX)] = weight
-    with reading(folder):
+    with reading(path):
+        config = read_json(path)
+        plain = config["peft_type"] == "LORA" and not any(map(config.get, NOT_PLAIN))
+        plain &= config.get("init_lora_weights") in (None, True, False, "gaussian", "eva")  # others alter W
+        require(plain, f"{path} is not plain LoRA: merge those adapters into their base with peft")
         rank, alpha = config["r"], config["lora_alpha"]
-        valid = type(rank) is int and 0 < rank < 2**16 and type(alpha) in (int, float)
-        require(valid and math.isfinite(alpha), f"{folder}/adapter_config.json: r or lora_alpha is wrong")
+        valid = type(rank) is int and 0 < rank < 2**16 and math.isfinite(alpha)
+        require(valid, f"{path}: r or lora_alpha is wrong")
         for name in {name.partition(".lora_")[0] for name in weights}:
             model.set_submodule(name, LoRALinear(linears[name], rank, alpha).to(model.device))
         adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
@@ -1565,52 +1415,37 @@ def load_adapters(model: Danube3, folder: Path) -> Danube3:
 
 # ==== 11. Quantization ==================================================================
 #
-# int8 has one scale per row of a weight matrix and one of 255 values per weight, int4 one scale per
-# group of 32 weights and one of 16 values. Decoding reads every weight once per token, so a quarter
-# of the bytes can mean four times the speed. **Round-to-nearest** (RTN) is enough at 8 bits. At 4
-# bits **GPTQ** is better: later columns make up for the errors of earlier ones. GGUF files hold
-# both formats, value for value, as Q8_0 and Q4_0.
+# int8 has one scale per row of a weight matrix and one of 255 values per weight, int4 one
+# scale per group of 32 weights and one of 16 values. Decoding reads all linear layers for
+# each token, so fewer bytes mean more speed. **Round-to-nearest** (RTN) is enough at 8 bits.
+# At 4 bits **GPTQ** is better: later columns make up for the errors of earlier ones.
 
-GROUP = 32  # weights per scale in int4 [ours], and in GGUF
-# Bits of each part of the model [ours]. In int4, embedding and head are equally large, and one keeps 8
-# bits: with RTN the head, where errors cost more; with GPTQ, which repairs a head but not a lookup
-# table, the embedding (tests/bench_quantize.py).
-SCHEMES = {"int8": {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
-           "int4": {"model.embed_tokens": 4, "model.layers": 4, "lm_head": 8},
-           "int4 GPTQ": {"model.embed_tokens": 8, "model.layers": 4, "lm_head": 4}}
-
-def flush_subnormal(scales: Tensor) -> Tensor:
-    """Round scales below 2^-14 as fp16 stores such numbers ("subnormal"), coarsely or as 0: codes must fit
-    the stored scale. Larger scales change by less than 0.05 %, and their codes use the exact scale, as in
-    llama.cpp."""
-    return torch.where(scales.abs() < 2**-14, scales.half().float(), scales)
+GROUP = 32  # weights per scale in int4 [ours], as in GGUF
 
 def reciprocal(scales: Tensor) -> Tensor:
     """1 / scale, and 0 where the scale is 0."""
     return torch.where(scales == 0, 0.0, 1 / scales)
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """w = code * scale, with scale = max|w| / 127 of the row. [out, in] -> int8 [out, in], fp16 [out]"""
+    """w = code * scale, with scale = max|w| / 127 of a row. [out, in] -> int8 [out, in], fp16 [out]"""
     weight = weight.float()
-    scales = flush_subnormal(weight.abs().amax(dim=1) / 127)  # [out]
-    scaled = weight * reciprocal(scales)[:, None]  # [out, in], -127 .. 127
-    codes = (scaled.abs() + 0.5).floor().clamp(max=127) * scaled.sign()  # half away from zero, like GGUF
+    scales = (weight.abs().amax(dim=1) / 127).half().float()  # [out], as stored
+    scaled = weight * reciprocal(scales)[:, None]  # [out, in]
+    codes = (scaled.abs() + 0.5).floor().clamp(max=127) * scaled.sign()  # .5 goes away from zero, as in GGUF
     return codes.to(torch.int8), scales.half()
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """w = (code - 8) * scale. [out, in] -> codes 0 .. 15 as uint8 [out, in], scales fp16 [out, in/32]
-
-    scale = w / -8, with w the weight of largest magnitude in the group: its code is 0.
-    """
+    """w = (code - 8) * scale. The largest |w| of a group gets code 0, so scale = w / -8.
+    [out, in] -> codes 0 .. 15 as uint8 [out, in], scales fp16 [out, in/32]"""
     groups = weight.float().unflatten(1, (-1, GROUP))  # [out, in/32, 32]
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [out, in/32, 1]
-    scales = flush_subnormal(largest / -8)
+    scales = (largest / -8).half().float()
     codes = (groups * reciprocal(scales) + 8.5).floor().clamp(0, 15)
     return codes.flatten(1).to(torch.uint8), scales[..., 0].half()
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Byte j of a group has code j in its low half, code j + 16 in its high half, as in GGUF.
-    uint8 [.., in] -> [.., in/2]"""
+    """Byte j of a group has code j in its low half, code j + 16 in its high half, as in
+    GGUF. uint8 [.., in] -> [.., in/2]"""
     low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)  # 2 x [.., in/32, 16]
     return (low | (high << 4)).flatten(-2)
 
@@ -1640,11 +1475,12 @@ class DequantizedMatmul(torch.autograd.Function):
 
 class QuantizedLinear(nn.Module):
     """A linear layer stored as codes, int8 [out, in] or packed int4 [out, in/2], and scales."""
-    def __init__(self, out_features: int, in_features: int, bits: int) -> None:
+    def __init__(self, out_features: int, in_features: int, bits: int):
         super().__init__()
         self.out_features, self.in_features, self.bits = out_features, in_features, bits
-        dtype = torch.int8 if bits == 8 else torch.uint8
-        shape = [out_features] if bits == 8 else [out_features, in_features // GROUP]
+        dtype, shape = torch.int8, [out_features]
+        if bits == 4:
+            dtype, shape = torch.uint8, [out_features, in_features // GROUP]
         self.codes = nn.Buffer(torch.empty(out_features, in_features * bits // 8, dtype=dtype))
         self.scales = nn.Buffer(torch.empty(shape, dtype=torch.float16))
         self.packed: tuple[Tensor, ...] | None = None
@@ -1654,8 +1490,9 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.codes, self.scales)
 
     def pack(self) -> None:
-        """Switch to PyTorch's fast CPU kernels, which round inputs and scales to bf16. They are private:
-        where one is missing, nothing changes. For inference only: int4 loses its codes and scales."""
+        """Switch to PyTorch's fast CPU kernels, which round inputs and scales to bf16. Where
+        PyTorch lacks one, nothing changes. For inference only: int4 loses its codes and
+        scales."""
         kernel = "_weight_int8pack_mm" if self.bits == 8 else "_weight_int4pack_mm_for_cpu"
         if self.codes.device.type != "cpu" or self.out_features % 16 or not hasattr(torch, kernel):
             return
@@ -1687,47 +1524,41 @@ class QuantizedEmbedding(QuantizedLinear):
     def forward(self, input_ids: Tensor) -> Tensor:
         return dequantize(self.codes[input_ids], self.scales[input_ids])
 
-def bits_for(name: str, scheme: dict[str, int]) -> int | None:
-    """The bits of the weight matrix `name`, None for other modules."""
-    for part, bits in scheme.items():
-        if name.startswith(part) and "norm" not in name:
-            return bits
-    return None
-
-def use_quantized_modules(model: Danube3, scheme: dict[str, int]) -> Danube3:
-    """Replace every linear layer and embedding by a quantized one, whose codes are to be loaded."""
-    for name, module in list(model.named_modules()):
-        bits = bits_for(name, scheme)
-        if bits and isinstance(module, (nn.Linear, nn.Embedding)):
-            quantized = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
-            out_features, in_features = module.weight.shape
-            model.set_submodule(name, quantized(out_features, in_features, bits))
+def use_quantized_modules(model: Danube3, weights: Tensors) -> Danube3:
+    """Put quantized modules, still empty, where `weights` has codes. Their type tells int8 from int4."""
+    for name, codes in weights.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "codes":
+            replaced: Any = model.get_submodule(module)
+            quantized = QuantizedEmbedding if isinstance(replaced, nn.Embedding) else QuantizedLinear
+            out_features, in_features = replaced.weight.shape
+            bits = 8 if codes.dtype == torch.int8 else 4
+            model.set_submodule(module, quantized(out_features, in_features, bits))
     return model
 
-# **GPTQ** (arXiv 2210.17323). For y = W x, an error E of W costs the mean of |E x|^2, which is
-# trace(E C E^T), with C the mean of x x^T over calibration data. (C is half the second derivative
-# of the cost, so the code calls it the Hessian. Any multiple will do.) Each row e of E is a
-# problem of its own:
+# **GPTQ** (arXiv 2210.17323). For y = W x, an error E of W costs the mean of |E x|^2, which
+# is trace(E C E^T), with C the mean of x x^T over calibration data. (C is half the second
+# derivative of the cost, so the code calls it the Hessian. Any multiple will do.) Each row e
+# of E is a problem of its own:
 #
-#  1. Rounding weight i fixes e_i. Choose the later e_j, j > i, so that e C e^T is smallest. (e
-#     counts from where earlier steps have moved the weights.)
-#  2. At the minimum the derivatives by these e_j are 0. They are the entries of e C after the
-#     first, so e is a multiple of P_1, the first row of P, the inverse of what is left of C (rows
-#     and columns i, i + 1, ..). Hence e = e_i P_1 / P_11, at the cost e_i^2 / P_11.
-#  3. One factorization holds all inverses. With C^-1 = U^T U, U upper triangular, P is the same
-#     product of U's rows and columns from i on. So P_1 = U_ii U_i and P_11 = U_ii^2: weights j > i
-#     move by -(w_i - rounded w_i) U_ij / U_ii, and the error of column i has weight 1 / U_ii^2.
+#  1. Rounding weight i fixes e_i. Choose the later e_j, j > i, so that e C e^T is smallest, with
+#     e = new - old weights, the old ones as moved by earlier steps.
+#  2. At the minimum the derivatives by these e_j, twice the entries of e C after the first, are
+#     0: e C = (c, 0, .., 0), e = c P_1, with P_1 the first row of P, the inverse of what is left
+#     of C (rows and columns from i on). So e = e_i P_1 / P_11, at the cost e_i^2 / P_11.
+#  3. One factorization holds all inverses: C^-1 = U^T U, U upper triangular. With only the rows
+#     and columns of U from i on, U^T U is P. So P_1 = U_ii (row i of U), P_11 = U_ii^2: weights
+#     j > i move by -(w_i - rounded w_i) U_ij / U_ii, the error of column i has weight 1 / U_ii^2.
 
 def search_scales(groups: Tensor, error_weight: Tensor) -> Tensor:
     """The best of 50 scales for each group, by weighted error. [out, 32], [32] -> [out]
 
-    Candidates [ours] are 0.6 to 1.2 and -0.7 to -1.3 times quantize_int4's scale (minus: the largest
-    weight is on the other side of 0). Each is then fitted to the codes it makes.
-    """
+    Candidates [ours]: quantize_int4's scale by 0.6 to 1.2, -0.7 to -1.3 (largest near code
+    15). Each is fitted to its codes."""
     largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))  # [out, 1]
-    best, lowest = largest[:, 0] / -8, torch.full_like(largest[:, 0], math.inf)
+    best, lowest = largest[:, 0], torch.full_like(largest[:, 0], math.inf)
     for factor in torch.cat((torch.linspace(0.6, 1.2, 25), torch.linspace(-1.3, -0.7, 25))).tolist():
-        scales = flush_subnormal(largest / -8 * factor)
+        scales = (largest / -8 * factor).half().float()
         values = (groups * reciprocal(scales) + 0.5).floor().clamp(-8, 7)  # [out, 32], code - 8
         # The s with the smallest sum of a (w - s v)^2 is sum(a w v) / sum(a v^2).
         fitted = (error_weight * groups * values).sum(1) * reciprocal((error_weight * values * values).sum(1))
@@ -1740,9 +1571,8 @@ def search_scales(groups: Tensor, error_weight: Tensor) -> Tensor:
 def gptq(weight: Tensor, hessian: Tensor, percdamp: float = 0.05) -> tuple[Tensor, Tensor]:
     """weight [out, in], hessian [in, in] -> codes uint8 [out, in], scales fp16 [out, in/32]
 
-    The diagonal grows by `percdamp` [ours] times its mean: it can be inverted, and the weights of rare
-    inputs move little.
-    """
+    The diagonal grows by `percdamp` [ours] times its mean. So the Hessian can be inverted,
+    and weights of rare inputs move little."""
     weight, size = weight.float().clone(), weight.shape[1]
     damping = percdamp * hessian.diagonal().mean() + 1e-12
     hessian = hessian.float() + torch.eye(size, device=hessian.device) * damping
@@ -1764,54 +1594,30 @@ def gptq(weight: Tensor, hessian: Tensor, percdamp: float = 0.05) -> tuple[Tenso
         scales.append(scale)
     return torch.stack(codes, dim=1), torch.stack(scales, dim=1).half()
 
-# ==== 12. Programs ======================================================================
-#
-# One function opens every kind of folder. The rest is what train.py, sample.py and quantize.py share.
-
-def read_scheme(folder: Path) -> dict[str, int]:
-    """The bits of a quantized folder; {} if it is not quantized."""
-    config = read_json(folder / "config.json").get("quantization_config") or {"bits": {}}
-    known = isinstance(config, dict) and config.get("bits") in [{}, *SCHEMES.values()]
-    require(known, f"{folder} was not quantized by quantize.py: use the folder it was made from")
-    return config["bits"]
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """What config.json says, otherwise a type that holds all stored ones."""
-    config = read_json(folder / "config.json")
-    named = str(config.get("dtype") or config.get("torch_dtype"))
-    if named in DTYPES:
-        return DTYPES[named]
-    return functools.reduce(torch.promote_types, {weight.dtype for _, weight in read_weights(folder)})
-
-def adapter_base(folder: Path) -> Path:
-    """The checkpoint that adapters were trained on."""
-    base = Path(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
-    require((base / "config.json").is_file(), f"{folder} holds adapters to {base}: put that checkpoint there")
-    if (folder / "base.sha256").is_file():
-        same = (folder / "base.sha256").read_text(errors="replace").strip() == weights_sha256(base)
-        require(same, f"{folder} holds adapters to other weights than those in {base}: put the old ones back")
-    return base
+# ==== 12. Opening any folder ============================================================
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     pack: bool = False) -> tuple[Danube3, Tokenizer]:
-    """Open any folder. -> the model in eval mode, in `dtype` (default: as stored), and the tokenizer
+    """Open a checkpoint. -> the model in eval mode, in `dtype` (default: config.json's), and
+    the tokenizer
 
-    `pack` makes a quantized model fast on CPUs, for inference only.
-    """
+    `pack` makes a quantized model fast on CPUs, for inference only."""
     folder = find_checkpoint(path)
     verify_checksums(folder, skip="training_state")
-    if not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
         model, tokenizer = load_checkpoint(adapter_base(folder), device, dtype, pack)
         return load_adapters(model, folder).eval(), tokenizer
-    config, scheme = read_config(folder), read_scheme(folder)
-    with torch.device("meta"):  # shapes without memory
-        model = use_quantized_modules(Danube3(config), scheme)
-    if dtype is None:
-        dtype = compute_dtype(torch.device(device)) if scheme else stored_dtype(folder)
-    weights = {}
-    for name, weight in read_weights(folder):
-        # A copy in memory of its own: alignment can change the last bits of a product.
+    config, raw, weights = read_config(folder), read_json(folder / "config.json"), read_weights(folder)
+    with torch.device("meta"), reading(folder):  # shapes without memory
+        model = use_quantized_modules(Danube3(config), weights)
+        widest = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
+    if dtype is None:  # as config.json says, otherwise a type that holds all stored ones
+        dtype = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")), widest)
+        if raw.get("quantization_config"):
+            dtype = compute_dtype(torch.device(device))
+    for name, weight in weights.items():
         require(weight.is_floating_point() or name.endswith("codes"), f"{folder}: {name} is {weight.dtype}")
+        # copy: a mapped file has another alignment, which can change the last bits of a product
         weights[name] = weight.to(device, dtype if name.endswith("weight") else None, copy=True)
         require(is_finite(weights[name]), f"{folder}: {name} is not finite as {dtype}: use another type")
     with reading(folder):
@@ -1821,54 +1627,3 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         if pack and isinstance(module, QuantizedLinear):
             module.pack()
     return model.eval(), read_tokenizer(folder, config)
-
-class Arguments(argparse.ArgumentParser):
-    """argparse that shows defaults in --help and raises DanubeError."""
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action: argparse.Action) -> str | None:
-            return action.help if action.default is None else super()._get_help_string(action)
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=self.Formatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise DanubeError(f"{message} (see {self.prog} --help)")
-
-def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is the first available of cuda, mps and cpu. Under torchrun process i takes GPU i."""
-    # On Hopper GPUs cuDNN attention takes 20 to 900 ms per new length: only train.py switches it on.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    rank = os.environ.get("LOCAL_RANK")
-    if name == "auto":
-        mps = torch.backends.mps.is_available() and rank is None  # gloo does not know MPS
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name.startswith("cuda") and rank is not None:
-        name = f"cuda:{rank}"
-    try:
-        zero = torch.zeros(1, device=name)
-        zero.item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise DanubeError(f"device {name!r} is not available ({torch.cuda.device_count()} GPUs are): use "
-                          "--device auto, and one process per GPU") from error
-    return zero.device
-
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program. What the user can fix ends in one line on stderr, exit code 2."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # bytes that are no text, characters it cannot show
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader of our output has gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (DanubeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("tried to allocate|out of memory|MemoryError", repr(error)):
-            raise
-        print("error: out of memory: shorten the text, use a smaller --micro-batch-size, or "
-              "--activation-checkpointing on", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(2)

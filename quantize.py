@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import danube3
 import sample
-from danube3 import GROUP, Danube3, DanubeConfig, DanubeError, Tokenizer, require
-from data.read import positive, read_text
+from danube3 import GROUP, Danube3, DanubeConfig, DanubeError, Tokenizer, reading, require
+from data.read import Arguments, TokenData, pick_device, positive, read_text, run_command
 
 # ---- Text to calibrate and to measure with
 
@@ -30,10 +30,10 @@ def sample_sequences(data: str | Path, tokenizer: Tokenizer, config: DanubeConfi
     """
     length = min(config.max_position_embeddings // 2, 2_048)
     if Path(data).is_dir():
-        folder = danube3.TokenData(data, config, length, tokenizer)
+        folder = TokenData(data, config, length, tokenizer)
         names = [name for name, own_split in folder.blocks if own_split == split]
         share = math.ceil(count / max(1, len(names)))
-        return torch.cat([folder.evenly_spread(name, split, share) for name in names])
+        return torch.cat([folder.evenly_spread(name, split, share)[0] for name in names])
     ids = torch.tensor(tokenizer.encode(read_text(data)))
     border = len(ids) * 9 // 10
     ids = ids[:border] if split == "train" else ids[border:]
@@ -49,8 +49,7 @@ def check_quantizable(name: str, weight: Tensor) -> None:
     require(weight.dim() == 1 or weight.shape[-1] % GROUP == 0,
             f"{name} has {weight.shape[-1]} inputs, no multiple of {GROUP}: such a model cannot be quantized")
     largest = weight.abs().amax().item()  # over 8 or 127 it must be a number of fp16
-    require(largest <= 2**18,
-            f"{name} holds {largest:.3g}, too large for a scale in fp16: take an earlier checkpoint")
+    require(largest <= 2**18, f"{name} holds {largest:.3g}, too large for fp16: take an earlier checkpoint")
 
 def gram(x: Tensor) -> Tensor:
     """The sum of x x^T over all vectors of x [.., in] -> [in, in], fp32"""
@@ -107,6 +106,20 @@ def gptq_model(model: Danube3, sequences: Tensor, batch_size: int = 8) -> dict[s
 
 # ---- Quantized folders
 
+# Bits of each part of the model [ours]. In int4, embedding and head are equally large, and one keeps 8 bits:
+# with RTN the head, where errors cost more; with GPTQ, which repairs a head but not a lookup table, the
+# embedding (tests/bench_quantize.py).
+SCHEMES = {"int8": {"model.embed_tokens": 8, "model.layers": 8, "lm_head": 8},
+           "int4": {"model.embed_tokens": 4, "model.layers": 4, "lm_head": 8},
+           "int4 GPTQ": {"model.embed_tokens": 8, "model.layers": 4, "lm_head": 4}}
+
+def bits_for(name: str, scheme: dict[str, int]) -> int | None:
+    """The bits of the weight matrix `name`, None for other modules."""
+    for part, bits in scheme.items():
+        if name.startswith(part) and "norm" not in name:
+            return bits
+    return None
+
 class Quantized(NamedTuple):
     """A line of the report: errors are |quantized weight - weight|."""
     name: str
@@ -115,18 +128,15 @@ class Quantized(NamedTuple):
     largest_error: float
     mean_error: float
 
-def checked_weights(folder: Path, model: Danube3) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a folder one by one, if their names and shapes are the model's."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    seen = set()
-    for name, weight in danube3.read_weights(folder):
-        require(expected.get(name) == weight.shape,
+def checked_weights(folder: Path, model: Danube3) -> danube3.Tensors:
+    """The weights of a folder, if their names and shapes are the model's."""
+    weights, expected = danube3.read_weights(folder), model.state_dict()
+    for name, weight in weights.items():
+        require(name in expected and expected[name].shape == weight.shape,
                 f"{folder}: {name} {tuple(weight.shape)} does not fit config.json: copy both files again")
-        if name not in seen:  # two files may hold one tensor
-            seen.add(name)
-            yield name, weight
-    missing = sorted(expected.keys() - seen)
-    require(not missing, f"{folder} lacks {len(missing)} tensors, {missing[:1]} among them: copy it again")
+    missing = sorted(expected.keys() - weights.keys())
+    require(not missing, f"{folder} lacks {missing[:1]}: copy it again")
+    return weights
 
 def write_in_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]], part_bytes: int) -> None:
     """Write safetensors files of about `part_bytes` and their index. Memory never holds all tensors."""
@@ -155,10 +165,13 @@ def write_in_parts(folder: Path, tensors: Iterable[tuple[str, Tensor]], part_byt
 def empty_model(source: Path) -> Danube3:
     """The model of a folder without its weights: shapes on the meta device."""
     config = danube3.read_config(source)
-    with torch.device("meta"):
-        model = danube3.use_quantized_modules(Danube3(config), danube3.read_scheme(source))
+    with torch.device("meta"), reading(source):
+        model = danube3.use_quantized_modules(Danube3(config), danube3.read_weights(source))
     model.stop_ids = danube3.read_stop_ids(source, config)
     return model
+
+def is_quantized(folder: Path) -> bool:
+    return bool(danube3.read_json(folder / "config.json").get("quantization_config"))
 
 def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Tensor, Tensor]],
                     part_bytes: int = 2**29) -> list[Quantized]:
@@ -166,10 +179,8 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
 
     `done` are the tensors that gptq_model has quantized. All others are rounded to nearest.
     """
-    scheme = danube3.SCHEMES["int4 GPTQ" if done else f"int{bits}"]
+    scheme = SCHEMES["int4 GPTQ" if done else f"int{bits}"]
     danube3.verify_checksums(source)
-    require(not danube3.read_scheme(source),
-            f"{source} is quantized already: quantize the folder it was made from")
     require(source.resolve() != out.with_name(f"{out.name}.partial").resolve(),
             f"{out} would be written in {source} first: choose another place")
     model, report = empty_model(source), []
@@ -181,10 +192,10 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
             f"{out} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} are free: make room on the disk")
 
     def quantized() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in checked_weights(source, model):
+        for name, weight in checked_weights(source, model).items():
             check_quantizable(name, weight)
             module = name.removesuffix(".weight")
-            own_bits = danube3.bits_for(module, scheme)
+            own_bits = bits_for(module, scheme)
             if own_bits is None:
                 yield name, weight.float()
                 continue
@@ -234,7 +245,7 @@ def gguf_blocks(codes: Tensor, scales: Tensor) -> np.ndarray:
 def gguf_tensors(source: Path, names: Any) -> Iterator[tuple[str, np.ndarray, str]]:
     """Each tensor of a checkpoint: GGUF name, values or blocks, type. `names` is a gguf.TensorNameMap."""
     codes, model = {}, empty_model(source)
-    for name, tensor in checked_weights(source, model):
+    for name, tensor in checked_weights(source, model).items():
         module, _, kind = name.rpartition(".")
         if kind == "weight" and tensor.dim() == 2:
             tensor = tensor.half()
@@ -251,12 +262,11 @@ def gguf_tensors(source: Path, names: Any) -> Iterator[tuple[str, np.ndarray, st
         else:
             yield gguf_name, tensor.numpy(), "F16"
 
-def describe_for_gguf(writer: Any, config: DanubeConfig, tokenizer: Tokenizer,
-                      scheme: dict[str, int]) -> None:
+def describe_for_gguf(writer: Any, model: Danube3, tokenizer: Tokenizer) -> None:
     """The sizes of the model and the pieces of its tokenizer. `writer` is a gguf.GGUFWriter."""
-    c, sp = config, tokenizer.sp
+    c, sp, linear = model.config, tokenizer.sp, model.model.layers[0].get_submodule("mlp.up_proj")
     writer.add_quantization_version(2)
-    writer.add_file_type({None: 1, 8: 7, 4: 2}[scheme.get("model.layers")])  # F16, Q8_0, Q4_0
+    writer.add_file_type({None: 1, 8: 7, 4: 2}[getattr(linear, "bits", None)])  # F16, Q8_0, Q4_0
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers)
@@ -303,10 +313,10 @@ def write_gguf(source: Path, path: Path) -> None:
     require(path.parent.is_dir() and not path.is_dir(),
             f"{path} is a folder, or lies in none that exists: name a file")
     danube3.verify_checksums(source)
-    config, partial = danube3.read_config(source), path.with_name(f"{path.name}.partial")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    model, partial = empty_model(source), path.with_name(f"{path.name}.partial")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     writer: Any = gguf.GGUFWriter(partial, "llama")
-    describe_for_gguf(writer, config, danube3.read_tokenizer(source, config), danube3.read_scheme(source))
+    describe_for_gguf(writer, model, danube3.read_tokenizer(source, model.config))
     for name, values, kind in gguf_tensors(source, names):
         raw_dtype = gguf.GGMLQuantizationType[kind]
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, raw_dtype=raw_dtype)
@@ -374,7 +384,7 @@ def compare(folders: dict[str, Path], data: str) -> None:
 # ---- The program
 
 def arguments() -> argparse.Namespace:
-    parser = danube3.Arguments(__doc__)
+    parser = Arguments(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, an output directory, or a published Danube3 folder")
     parser.add_argument("--bits", type=int, choices=[8, 4], help="8: a scale per row; 4: one per 32 weights")
     parser.add_argument("--out", type=Path, help="the folder to write")
@@ -398,7 +408,7 @@ def check(source: Path, args: argparse.Namespace) -> None:
             f"{source} holds adapters: merge them into their base, with train.py --merge, and quantize that")
     require(not (args.out and args.out.exists()),
             f"{args.out} already exists: remove it first, or choose another --out")
-    require(not (args.out and danube3.read_scheme(source)),
+    require(not (args.out and is_quantized(source)),
             f"{source} is quantized already: quantize the folder it was made from")
     if args.report:
         config = danube3.read_config(source)
@@ -409,7 +419,7 @@ def quantize(source: Path, out: Path, bits: int, args: argparse.Namespace) -> li
     """-> one line per tensor"""
     done = {}
     if args.calibrate and bits == 4:
-        device = danube3.pick_device(args.device or "auto")
+        device = pick_device(args.device or "auto")
         model, tokenizer = danube3.load_checkpoint(source, device, torch.float32)
         sequences = sample_sequences(args.calibrate, tokenizer, model.config, "train", args.samples or 512)
         done = gptq_model(model, sequences)
@@ -437,4 +447,4 @@ def main() -> None:
     print(f"try: python sample.py {args.out}")
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    run_command(main)

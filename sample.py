@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import danube3
 from danube3 import Danube3, DanubeError, Tokenizer, require
-from data.read import check_turns, read_jsonl, read_text
+from data.read import Arguments, TokenData, check_turns, pick_device, read_jsonl, read_text, run_command
 
 # ---- Chat
 
@@ -38,6 +38,7 @@ class ChatSession:
         context = model.config.max_position_embeddings
         self.room = context - min(max_new_tokens, context // 4)  # [ours] for everything before an answer
         self.kv_cache = danube3.KVCache(model.config, 1, context, model.dtype, model.device)
+        self.cached: list[int] = []                   # the ids whose keys and values it holds
 
     def reset(self) -> None:
         self.exchanges, self.messages = [], []
@@ -56,6 +57,8 @@ class ChatSession:
     def answer(self, question: list[int]) -> Generator[str, None, None]:
         """The answer piece by piece. It becomes part of the conversation even if it is interrupted."""
         ids = [*sum(self.exchanges, []), *question]
+        shared = danube3.first_difference(self.cached, ids)
+        self.kv_cache.length = min(shared, len(ids) - 1)  # the logits of the last one are needed
         new_ids: list[int] = []
         pieces: list[str] = []
         detokenizer = danube3.StreamingDetokenizer(self.tokenizer, ids)
@@ -69,6 +72,7 @@ class ChatSession:
             pieces.append(detokenizer.flush())
             yield pieces[-1]
         finally:
+            self.cached = [*ids, *new_ids][:self.kv_cache.length]
             self.ended = bool(new_ids) and new_ids[-1] in self.model.stop_ids
             if not self.ended:
                 new_ids.append(self.model.config.eos_token_id)
@@ -113,11 +117,11 @@ def loss_per_source(model: Danube3, tokenizer: Tokenizer, folder: str | Path) ->
     that the toy is measured as it was trained [ours]."""
     length = min(2_048, model.config.max_position_embeddings // 2)
     require(length >= 2, "a context of less than four tokens is too short for this: choose another model")
-    data, losses = danube3.TokenData(folder, model.config, length, tokenizer), {}
+    data, losses = TokenData(folder, model.config, length, tokenizer), {}
     for name, split in data.blocks:
         if split == "val":
-            ids = data.evenly_spread(name, split, danube3.VALIDATION_SEQUENCES)
-            losses[name] = danube3.evaluate_loss(model, ids, ids, max(1, danube3.LOGIT_TOKENS // length))
+            batch = data.evenly_spread(name, split, danube3.VALIDATION_SEQUENCES)
+            losses[name] = danube3.evaluate_loss(model, *batch, max(1, danube3.LOGIT_TOKENS // length))
     return losses
 
 @torch.no_grad()
@@ -296,7 +300,7 @@ def as_table(results: dict[str, float]) -> str:
 # ---- The program
 
 def arguments() -> argparse.Namespace:
-    parser = danube3.Arguments(__doc__)
+    parser = Arguments(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint, an output directory, or a published Danube3 folder")
     parser.add_argument("prompt", nargs="?", default="", help="text to complete; - for standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens")
@@ -310,7 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--eval", metavar="PATH", help="evaluate on questions (.jsonl), a text file "
                         "(perplexity) or a data folder (loss of each source)")
     parser.add_argument("--json", metavar="FILE", help="with --eval: write the results here too")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if bool(args.eval) + bool(args.prompt) + args.chat > 1:
         parser.error("a prompt, --chat and --eval cannot go together: choose one")
     if args.json and not args.eval:
@@ -383,7 +387,7 @@ def complete(model: Danube3, tokenizer: Tokenizer, prompt: str, max_new_tokens: 
 
 def main() -> None:
     args = arguments()
-    device, dtype = danube3.pick_device(args.device), danube3.DTYPES.get(args.dtype)
+    device, dtype = pick_device(args.device), danube3.DTYPES.get(args.dtype)
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if args.eval:
@@ -402,4 +406,4 @@ def main() -> None:
         complete(model, tokenizer, prompt, args.max_new_tokens, **sampling)
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    run_command(main)

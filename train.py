@@ -1,8 +1,6 @@
 """Train a Danube3: `python train.py` makes a toy world and a model of it; --chat teaches it to answer."""
 
 import argparse
-import contextlib
-import json
 import math
 import os
 import shlex
@@ -10,20 +8,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 import danube3
 import sample
 from danube3 import ChatData, Danube3, DanubeConfig, DanubeError, StagedData, Tokenizer, TrainConfig, require
-from data import toy
-from data.read import positive, read_conversations, token_count
+from data import read, toy
+from data.read import positive, token_count
 
 # ---- The plan of a run: does it fit into memory, how long does it take, what does it read?
 
@@ -48,11 +44,12 @@ def memory_bytes(config: DanubeConfig, training: TrainConfig, compute_bytes: int
     """Bytes that training needs on each device, by component. `compute_bytes`: 4 for fp32, 2 for bf16.
 
     Weights, gradients and the two AdamW moments are exact. FSDP shards them, but a gradient accumulated over
-    micro-batches is unsharded until the reduce-scatter. Embedding, head and two layers are too.
-    Activations are an estimate. Autograd keeps of each layer six vectors [D] in fp32 (residual stream, norms)
-    and the inputs of linear layers and attention in the compute dtype. With activation checkpointing it does
-    so for one layer, and keeps one vector [D] of each. Logits count thrice: themselves, softmax, gradient."""
-    c, tokens = config, training.micro_batch_size * training.sequence_length
+    micro-batches is unsharded until the reduce-scatter, as are embedding, head and two layers. Activations
+    are an estimate: autograd keeps of each layer six vectors [D] in fp32 (residual stream, norms) and the
+    inputs of linear layers and attention in the compute dtype; with activation checkpointing of one layer,
+    and one vector [D] of each. Logits count thrice: themselves, softmax, gradient."""
+    c, own_share = config, math.ceil(training.batch_size / gpus)  # sequences of a step on one GPU
+    tokens = min(training.micro_batch_size, own_share) * training.sequence_length
     parameters = danube3.count_parameters(config)
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v, attention output
     mlp = 4 * c.intermediate_size  # gate, silu(gate), up, and their product
@@ -61,7 +58,7 @@ def memory_bytes(config: DanubeConfig, training: TrainConfig, compute_bytes: int
     if checkpointing:
         kept = per_token + c.num_hidden_layers * 4 * c.hidden_size
     ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
-    one_pass = training.batch_size == gpus * training.micro_batch_size
+    one_pass = own_share <= training.micro_batch_size
     memory = {
         "weights (fp32)": 4 * parameters // gpus,
         "gradients (fp32)": 4 * parameters // (gpus if one_pass else 1),
@@ -115,16 +112,8 @@ def set_activation_checkpointing(model: Danube3, training: TrainConfig, wish: st
             weights = sum(parameter.nbytes for parameter in model.parameters()) // gpus
             weights += sum(buffer.nbytes for buffer in model.buffers())  # quantized codes are not sharded
             on = weights + plan["activations (estimate)"] + plan["logits"] > USABLE_MEMORY * memory
-    for module in model.modules():
-        if isinstance(module, danube3.DecoderLayer):
-            module.activation_checkpointing = on
-
-def short_count(number: float) -> str:
-    """1234567 -> 1.23M"""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
+    if on:
+        danube3.use_activation_checkpointing(model)
 
 def describe_plan(config: DanubeConfig, training: TrainConfig, total_steps: int, gpus: int = 1,
                   checkpointing: bool = False, epochs: dict[str, float] | None = None) -> str:
@@ -163,7 +152,7 @@ def describe_stages(training: TrainConfig, epochs: dict[str, float] | None) -> l
             lines[-1] += f"{share:>10.1%} "
         start = end
     lines.append(f"{'tokens':16}{start:>12,}{start * step:>22,}"
-                 + "".join(f"{short_count(total):>11}" for total in totals.values()))
+                 + "".join(f"{read.short_count(total):>11}" for total in totals.values()))
     if epochs:
         lines.append(f"{'epochs':50}" + "".join(f"{epochs.get(name, 0):>11.2f}" for name in sources))
     return lines
@@ -177,7 +166,7 @@ def plot_curves(out: Path, training: TrainConfig) -> None:
         return
     steps: list[tuple[int, float]] = []               # step and loss, in training
     checks: dict[str, list[tuple[int, float]]] = {}  # the same in validation, by source
-    for entry in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+    for entry in read.read_jsonl(out / "metrics.jsonl"):
         if entry.get("loss") is not None:
             steps.append((entry["step"], entry["loss"]))
         for name, loss in entry.get("val_loss", {}).items():
@@ -218,15 +207,28 @@ def report_run(args: argparse.Namespace, run: danube3.Trainer) -> None:
         print(f"--- {quiz}\n{sample.as_table(sample.evaluate(model, tokenizer, quiz))}")
     print("try: python sample.py", args.merge or run.out, "--chat" if args.chat else '"Once upon a time"')
 
+def set_weight(model: Danube3, name: str, weight: Tensor) -> None:
+    """Replace the module `name` by an ordinary one with this weight [out, in]."""
+    plain: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    if name == "model.embed_tokens":
+        plain = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    plain.weight = nn.Parameter(weight.detach())
+    model.set_submodule(name, plain)
+
+def merge_lora(model: Danube3) -> Danube3:
+    """Add every low-rank update to its weight, in place."""
+    for name, lora in danube3.decoder_linears(model).items():
+        if isinstance(lora, danube3.LoRALinear):
+            weight = lora.base_layer.weight  # [out, in]
+            update = lora.scale * (lora.lora_B.weight @ lora.lora_A.weight)
+            set_weight(model, name, (weight.to(update.dtype) + update).to(weight.dtype))
+    return model
+
 def dequantize_model(model: Danube3) -> Danube3:
     """Replace quantized linear layers and embeddings by ordinary ones, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, danube3.QuantizedLinear):
-            plain: nn.Module = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-            if isinstance(module, danube3.QuantizedEmbedding):
-                plain = nn.Embedding(module.out_features, module.in_features, device="meta")
-            plain.weight = nn.Parameter(module.weight.to(model.dtype))
-            model.set_submodule(name, plain)
+            set_weight(model, name, module.weight.to(model.dtype))
     return model
 
 # ---- The machine: its speed, its processes, its signals
@@ -255,29 +257,18 @@ def measure_matmul_peak(device: torch.device, seconds: float = 0.3) -> float:
         if size < largest and left > 2 * 8 * elapsed:  # two products of twice the size
             size *= 2
 
-def join_processes(device: torch.device) -> None:
-    """Meet the other processes that torchrun has started, if it has."""
-    if "LOCAL_RANK" not in os.environ:
-        return
-    backend, own = "gloo", None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend, own = "nccl", device
-    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own)  # all wait while rank 0 saves
-
 def compile_model(model: Danube3) -> None:
     """torch.compile fuses the small operations of a decoder layer. All layers share the result."""
-    if any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-        for layer in model.model.layers:
-            layer.compile()
-    elif danube3.rank_and_world_size()[0] == 0:
+    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
         print("no C++ compiler found: going on without --compile")
+        return
+    for layer in model.model.layers:
+        layer.compile()
 
-@contextlib.contextmanager
-def catch_interrupts(world_size: int) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM becomes an entry of the yielded list. A second one ends the program.
-    Under torchrun a second Ctrl-C is ignored, because torchrun passes the first on several times. SIGTERM is
-    not caught there: torchrun sends it when another process has failed."""
+def catch_interrupts(world_size: int) -> list[int]:
+    """From now on the first Ctrl-C or SIGTERM is put into the returned list. A second one ends the program.
+    Under torchrun a second Ctrl-C is ignored, because torchrun passes the first on several times, and SIGTERM
+    is not caught, because torchrun sends it when another process has failed."""
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
@@ -285,18 +276,14 @@ def catch_interrupts(world_size: int) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    previous = {signal.SIGINT: signal.signal(signal.SIGINT, catch)}
+    signal.signal(signal.SIGINT, catch)
     if world_size == 1:
-        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, catch)
+    return caught
 
 # ---- The program
 def arguments() -> argparse.Namespace:
-    parser = danube3.Arguments(__doc__)
+    parser = read.Arguments(__doc__)
     parser.add_argument("--init", help="start from this checkpoint, output directory or published folder")
     parser.add_argument("--out", type=Path, help="output directory [out/<config> or out/<init>-chat]")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -339,6 +326,11 @@ def arguments() -> argparse.Namespace:
     require(not (args.merge and args.merge.exists()), f"{args.merge} already exists: choose another --merge")
     require(not (args.lora and args.dry_run), "--dry-run plans training without --lora only")
     return args
+
+def sft_config(config: DanubeConfig, lora: bool = False) -> TrainConfig:
+    """1e-4 for LoRA is H2O LLM Studio's default. A tenth for full fine-tuning, and the rest, are [ours]."""
+    lr = (1e-4 if lora else 1e-5) * 1536 / config.hidden_size
+    return TrainConfig(16, 16, lr, weight_decay=0.0, warmup_fraction=0.05, save_every=500)
 
 def adjust(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
     """The training config with what the command line changes."""
@@ -384,7 +376,7 @@ def pre_training(args: argparse.Namespace, base: Path | None,
         toy.make(folder)
     if dist.is_initialized():
         dist.barrier()
-    data = StagedData(danube3.TokenData(folder, config, training.sequence_length), training)
+    data = StagedData(read.TokenData(folder, config, training.sequence_length), training)
     if args.dry_run:
         plan(args, config, training, steps, data.epochs)
     for source, epochs in data.epochs.items():
@@ -395,7 +387,7 @@ def pre_training(args: argparse.Namespace, base: Path | None,
     model, tokenizer = danube3.load_checkpoint(base, start, torch.float32)
     require(model.config == config and tokenizer.sha256 == data.data.tokenizer.sha256,
             f"--init {base} is no {name} with the tokenizer of {folder}: choose another")
-    return danube3.merge_lora(model), tokenizer, data
+    return merge_lora(model), tokenizer, data
 
 def fine_tuning(args: argparse.Namespace, base: Path, start: str,
                 device: torch.device) -> tuple[Danube3, Tokenizer, ChatData]:
@@ -404,9 +396,9 @@ def fine_tuning(args: argparse.Namespace, base: Path, start: str,
             f"{base} holds adapters: --lora needs a whole model (--merge writes one)")
     dtype = danube3.compute_dtype(device) if args.lora else torch.float32
     model, tokenizer = danube3.load_checkpoint(base, start, dtype)
-    conversations = read_conversations(args.chat, bool(args.system))
-    fingerprint = {"chat": danube3.file_sha256(args.chat), "fold_system": bool(args.system)}
-    training = adjust(danube3.sft_config(model.config, bool(args.lora)), args)
+    conversations = read.read_conversations(args.chat, bool(args.system))
+    fingerprint = {"chat": danube3.file_sha256(args.chat), "fold_system": args.system, "lora": args.lora}
+    training = adjust(sft_config(model.config, bool(args.lora)), args)
     try:
         data = ChatData(conversations, tokenizer, model.config.max_position_embeddings, training,
                         args.epochs or 1, fingerprint)
@@ -420,7 +412,7 @@ def fine_tuning(args: argparse.Namespace, base: Path, start: str,
         plan(args, model.config, data.config, data.total_steps)
     if args.lora:
         return danube3.add_lora(model, args.lora, training.seed), tokenizer, data
-    return danube3.merge_lora(model), tokenizer, data
+    return merge_lora(model), tokenizer, data
 
 def output_directory(args: argparse.Namespace, base: Path | None) -> Path:
     """--out, or a name made from --init or --config."""
@@ -433,8 +425,8 @@ def output_directory(args: argparse.Namespace, base: Path | None) -> Path:
 
 def main() -> int:
     args = arguments()
-    device = danube3.pick_device(args.device)
-    join_processes(device)
+    device = read.pick_device(args.device)
+    read.join_processes(device)
     rank, world_size = danube3.rank_and_world_size()
     base, start = danube3.find_checkpoint(args.init) if args.init else None, "cpu" if rank == 0 else "meta"
     data: StagedData | ChatData
@@ -443,38 +435,45 @@ def main() -> int:
     else:
         model, tokenizer, data = pre_training(args, base, start)
     quantized = any(isinstance(module, danube3.QuantizedLinear) for module in model.modules())
-    require(args.lora or not quantized, f"{base} is quantized, so train adapters only: add --lora 16")
+    require(args.lora or not quantized, f"{base} is quantized: train adapters only, with --chat and --lora")
     out = output_directory(args, base)
     require(not args.merge or args.merge.resolve() != out.resolve(), f"{args.merge} is the run's own --out")
-    own_share = replace(data.config, micro_batch_size=min(data.config.micro_batch_size,
-                                                          max(1, data.config.batch_size // world_size)))
-    set_activation_checkpointing(model, own_share, args.activation_checkpointing, device)
+    set_activation_checkpointing(model, data.config, args.activation_checkpointing, device)
     if args.compile:
         compile_model(model)
-    torch.backends.cuda.enable_cudnn_sdp(not args.chat)  # see pick_device
+    size = data.config.batch_size
+    require(size % world_size == 0, f"{world_size} processes cannot share {size} sequences: change one")
+    require(not (out / "config.json").exists(), f"{out} is a checkpoint: choose another --out")
+    if world_size > 1:
+        facts = (model.config, data.config, data.fingerprint, args.resume, danube3.checkpoints_in(out))
+        alike = [repr(facts)] * world_size
+        dist.all_gather_object(alike, alike[rank])
+        require(len(set(alike)) == 1, "the ranks have different flags, data or files: start all alike")
+    torch.backends.cuda.enable_cudnn_sdp(not args.chat)  # see read.pick_device
     run = danube3.Trainer(out, model, tokenizer, data, args.resume, base, device)
     if rank == 0:
-        trainable = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+        trainable = sum(weight.numel() for name, weight in run.tensors() if name.startswith("weights."))
         dtype = str(danube3.compute_dtype(device)).removeprefix("torch.")
-        print(f"{trainable:,} trainable parameters, {data.total_steps:,} steps of {data.config.batch_size} "
-              f"sequences on {world_size} x {device.type} in {dtype}")
-    with catch_interrupts(world_size) as interrupts:
-        finished = danube3.train(run, world_size * measure_matmul_peak(device), interrupts)
+        print(f"{trainable:,} trainable parameters, {data.total_steps:,} steps of {size} sequences on "
+              f"{world_size} x {device.type} in {dtype}")
+    interrupts = catch_interrupts(world_size)
+    finished = danube3.train(run, world_size * measure_matmul_peak(device), interrupts)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.backends.cuda.enable_cudnn_sdp(False)
     if dist.is_initialized():
         dist.destroy_process_group()
-        if rank > 0:  # at once: gloo's threads may abort a process that takes itself down slowly
-            os._exit(130 - 130 * finished)
-    if not finished and rank == 0:
-        flags = shlex.join(sys.argv[1:])
-        again = "the same torchrun command," if world_size > 1 else f"python train.py {flags}"
-        print(f"interrupted, and saved; go on with: {again}{'' if args.resume else ' --resume'}")
-    if finished and rank == 0:
-        if args.merge:
-            merged = dequantize_model(danube3.merge_lora(danube3.load_checkpoint(out)[0]))
-            danube3.save_checkpoint(args.merge, merged, tokenizer, merged.dtype)
-        report_run(args, run)
-    return 0 if finished else 130
+    if rank > 0:  # at once: gloo's threads may abort a process that takes itself down slowly
+        os._exit(0 if finished else 130)
+    if not finished:
+        again = "the same torchrun command" if world_size > 1 else f"python {shlex.join(sys.argv)}"
+        print(f"interrupted, and saved; go on with: {again.removesuffix(' --resume')} --resume")
+        return 130
+    if args.merge:
+        merged = dequantize_model(merge_lora(danube3.load_checkpoint(out)[0]))
+        danube3.save_checkpoint(args.merge, merged, tokenizer, merged.dtype)
+    report_run(args, run)
+    return 0
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    read.run_command(main)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/experiment.py` finds danube3
 import danube3  # noqa: E402
 import sample  # noqa: E402
-from data.read import positive, read_jsonl  # noqa: E402
+from data.read import Arguments, positive, read_jsonl, run_command  # noqa: E402
 
 ORDERS = ("staged", "constant", "reversed")
 OUTCOMES = {  # column: what it is
@@ -145,7 +145,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = danube3.Arguments(__doc__.splitlines()[0])
+    parser = Arguments(__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=positive, default=5, help="of each order, at most 10")
     parser.add_argument("--workers", type=positive, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--tokens", help="of each run, to try out [the config's]")
@@ -175,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    run_command(main)

@@ -52,7 +52,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/prepare.py` finds danube3
 import danube3  # noqa: E402
 from danube3 import DanubeError  # noqa: E402
-from data.read import check_turns, positive, token_count  # noqa: E402
+from data.read import Arguments, check_turns, positive, run_command, token_count  # noqa: E402
 from data.toy import train_tokenizer  # noqa: E402
 
 OPEN = {  # what stands in for the report's six sources, whose texts are not published [ours]
@@ -616,7 +616,7 @@ def tokenizer_choice(text: str) -> str | int:
 
 
 def arguments() -> argparse.Namespace:
-    parser, count = danube3.Arguments(__doc__.splitlines()[0]), positive
+    parser, count = Arguments(__doc__.splitlines()[0]), positive
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("inputs", nargs="*", metavar="SOURCE=PATTERN",
                         help=f"a file, folder, glob or hub:owner/name[:config[:split]]; files: {' '.join(SUFFIXES)}")
@@ -654,4 +654,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    run_command(main)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/toy.py` finds danube3
 import danube3  # noqa: E402
 from danube3 import SOURCES  # noqa: E402
+from data.read import Arguments, run_command  # noqa: E402
 
 WEB_TRUTH = 0.6         # share of the statements on the web that are true; the others repeat the rumour
 TYPO_RATE = 0.02        # for each longer word on the web
@@ -677,7 +678,7 @@ def make(folder: str | Path, seed: int = 0, web_truth: float = WEB_TRUTH) -> Non
 
 
 def main() -> None:
-    parser = danube3.Arguments("Write the toy world: tokenizer, token shards, conversations and quizzes.")
+    parser = Arguments("Write the toy world: tokenizer, token shards, conversations and quizzes.")
     parser.add_argument("--out", type=Path, default=Path("data/toy"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
     parser.add_argument("--web-truth", type=float, default=WEB_TRUTH, help="share of the web's statements that is true")
@@ -689,4 +690,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    run_command(main)

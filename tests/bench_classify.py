@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import danube3  # noqa: E402
 import sample  # noqa: E402
-from data.read import read_jsonl  # noqa: E402
+from data.read import Arguments, read_jsonl, run_command  # noqa: E402
 
 
 def baseline(train: list[dict], test: list[dict]) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def baseline(train: list[dict], test: list[dict]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = danube3.Arguments(__doc__.splitlines()[0])
+    parser = Arguments(__doc__.splitlines()[0])
     parser.add_argument("texts", type=Path, help='{"text": .., "label": ..} a line; NAME-quiz.jsonl lies beside it')
     parser.add_argument("folders", nargs="*", help="models that were fine-tuned on it")
     args = parser.parse_args()
@@ -47,4 +47,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    danube3.run_command(main)
+    run_command(main)

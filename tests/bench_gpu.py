@@ -33,14 +33,14 @@ sys.path[:0] = [str(ROOT)]
 import danube3  # noqa: E402
 import quantize  # noqa: E402
 import train  # noqa: E402
-from data import toy  # noqa: E402
+from data import read, toy  # noqa: E402
 
 CONFIGS, DanubeError, Tokenizer = danube3.CONFIGS, danube3.DanubeError, danube3.Tokenizer
 count_parameters, flops_per_token = danube3.count_parameters, danube3.flops_per_token
 load_checkpoint, save_checkpoint = danube3.load_checkpoint, danube3.save_checkpoint
 make_optimizer, evaluate_loss = danube3.make_optimizer, danube3.evaluate_loss
 generate, measure_decoding = danube3.generate, quantize.measure_decoding
-measure_peak, pick_device, compile_model = train.measure_matmul_peak, danube3.pick_device, train.compile_model
+measure_peak, pick_device, compile_model = train.measure_matmul_peak, read.pick_device, train.compile_model
 make_toy_data, quantize_folder = toy.make, quantize.quantize_folder
 choose_checkpointing, memory_bytes = train.choose_checkpointing, train.memory_bytes
 
@@ -60,15 +60,20 @@ def train_step(model, optimizer, input_ids, labels, settings, step):
 def new_model(config, device, checkpointing=False):
     """A model to train, with random weights that are made on its device."""
     model = danube3.Danube3.new(config, seed=0, device=device)
-    for layer in model.model.layers:
-        layer.activation_checkpointing = checkpointing
+    if checkpointing:
+        danube3.use_activation_checkpointing(model)
     return model
 
 
 def random_model(config, kind, device):
     """A model to decode with, in bf16, int8 or int4. The weights, or the codes, are random."""
     with torch.device("meta"):
-        model = danube3.use_quantized_modules(danube3.Danube3(config).bfloat16(), danube3.SCHEMES.get(kind, {}))
+        model, codes = danube3.Danube3(config).bfloat16(), {}
+        for name, module in model.named_modules():
+            bits = quantize.bits_for(name, quantize.SCHEMES.get(kind, {}))
+            if bits and hasattr(module, "weight"):
+                codes[f"{name}.codes"] = torch.empty(0, dtype=torch.int8 if bits == 8 else torch.uint8)
+        danube3.use_quantized_modules(model, codes)
     model = model.to_empty(device=device).eval()
     for weight in model.parameters():
         weight.data.normal_(mean=2 - weight.dim(), std=0.02)  # norm weights near 1, all others near 0

@@ -63,10 +63,10 @@ def main():
     estimate = train.memory_bytes(config, training, 4, 1, args.activation_checkpointing)
     tokenizer = danube3.Tokenizer(ROOT / "data" / "toy" / "tokenizer.model")  # only copied into the checkpoint
     model = danube3.Danube3.new(config, seed=0)
-    for layer in model.model.layers:
-        layer.activation_checkpointing = args.activation_checkpointing
-    data, save, during = RandomData(training, args.steps, config.vocab_size), danube3.save_training, []
-    danube3.save_training = lambda run: (during.append(peak_bytes()), save(run))  # before a checkpoint is written
+    if args.activation_checkpointing:
+        danube3.use_activation_checkpointing(model)
+    data, save, during = RandomData(training, args.steps, config.vocab_size), danube3.Trainer.save, []
+    danube3.Trainer.save = lambda run: (during.append(peak_bytes()), save(run))  # before a checkpoint is written
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         danube3.train(danube3.Trainer(Path(folder, "run"), model, tokenizer, data), peak_flops=1e12)
     measured, total = during[-1] - interpreter, sum(estimate.values())

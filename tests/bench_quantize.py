@@ -27,7 +27,7 @@ import danube3  # noqa: E402
 import quantize  # noqa: E402
 import train  # noqa: E402
 from data import toy  # noqa: E402
-from data.read import token_count  # noqa: E402
+from data.read import TokenData, token_count  # noqa: E402
 
 CONFIG = danube3.DanubeConfig(
     hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
@@ -55,7 +55,7 @@ def trained(out, tokens):
         learning_rate=2e-3,
     )  # fmt: skip
     if not danube3.checkpoints_in(out / "run"):
-        data = danube3.StagedData(danube3.TokenData(data_folder, CONFIG, 256), training)
+        data = danube3.StagedData(TokenData(data_folder, CONFIG, 256), training)
         run = danube3.Trainer(out / "run", danube3.Danube3.new(CONFIG, seed=0), data.data.tokenizer, data)
         danube3.train(run, train.measure_matmul_peak(run.device))
     return danube3.find_checkpoint(out / "run"), data_folder

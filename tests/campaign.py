@@ -44,7 +44,7 @@ import danube3  # noqa: E402
 import quantize  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import prepare, toy  # noqa: E402
+from data import prepare, read, toy  # noqa: E402
 
 TEXT = "Ada lives in Marrow. Brook has 9 geese;  he keeps none: \u00e9t\u00e9 \U0001f600 <s> </s>. Celia plays harp."
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile")
@@ -99,7 +99,7 @@ def child(scratch: Path, main, argv: list = (), before=lambda: None, delay: floa
             torch.set_num_threads(1)
             sys.argv = ["program", *map(str, argv)]
             before()
-            danube3.run_command(main)
+            read.run_command(main)
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -144,6 +144,14 @@ def at_operation(number: int, folder: Path, action: int, log: Path):
     return start
 
 
+def without_speed(line: bytes) -> dict | bytes:
+    """A line of metrics.jsonl, or what damage has made of it."""
+    try:
+        return {key: value for key, value in json.loads(line).items() if key not in ("tokens_per_second", "mfu")}
+    except (ValueError, AttributeError):
+        return line
+
+
 def contents(*paths: Path) -> dict[str, bytes | list]:
     """All files of these folders (or files) by their names below the folder around, for comparison; of metrics.jsonl
     everything but the speeds."""
@@ -152,8 +160,7 @@ def contents(*paths: Path) -> dict[str, bytes | list]:
         for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
             name, data = str(file.relative_to(path.parent)), file.read_bytes()
             if file.name == "metrics.jsonl":
-                entries, timing = [json.loads(line) for line in data.splitlines()], ("tokens_per_second", "mfu")
-                data = [{key: value for key, value in entry.items() if key not in timing} for entry in entries]
+                data = list(map(without_speed, data.splitlines()))
             found[name] = data
     return found
 
@@ -454,7 +461,9 @@ def hostile_pickle(world: World) -> Row:
         torch.save(Hostile(place / "owned"), folder / name)
         rewrite_checksums(folder)
         program = world.programs()["train"]
-        end = child(world.scratch, program.main, [*program.command(run), "--resume"])
+        if name not in STATE:  # only the training state is read to resume
+            program = Program("sample", sample.main, ["OUT", "Ada"])
+        end = child(world.scratch, program.main, [*program.command(run), *program.again])
         owned = "it was run" if (place / "owned").exists() else ""
         row.add(name, owned or end.problem(name.partition(".")[0], may_succeed=False))
     return row
@@ -467,7 +476,7 @@ def in_process(main, argv: list) -> str:
     sys.argv = ["program", *map(str, argv)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            danube3.run_command(main)
+            read.run_command(main)
         except SystemExit as end:
             code = end.code or 0
     return Ended(code, out.getvalue(), err.getvalue()).problem()
@@ -628,7 +637,7 @@ def fuzz_resume(world: World, count: int) -> Row:
         may = not any(flag in flags for flag, _ in others)
         run = shutil.copytree(world.folder / "half", place / f"run{row.times}")
         end = child(world.scratch, program.main, [*program.command(run), *flags, "--resume"])
-        lost = end.problem("was made with another", "is no toy", "is not a whole number", may_succeed=may)
+        lost = end.problem("was made with another", "is no toy", "is no whole number", may_succeed=may)
         if not lost and not end.code:
             lost = difference(*({name.split("/", 1)[1]: data for name, data in contents(each).items()
                                  if name.endswith("model.safetensors")} for each in (run, world.folder / "train0")))
@@ -765,16 +774,18 @@ def is_finite(run: Path) -> str:
 
 
 def poisoned_weights(world: World, value: float, tensors: tuple) -> Row:
-    """One number of a checkpoint replaced, its checksum made anew: every program that reads it says so."""
+    """One number of a checkpoint and of its training state replaced, their checksums made anew: every program that
+    reads it says so."""
     row, data = Row("numbers", f"{value} among the weights of a checkpoint"), world.folder / "data0"
     program = world.programs()["train"]
     for tensor in tensors:
         place = world.place()
         run = shutil.copytree(world.folder / "half", place / "run")
         folder = danube3.find_checkpoint(run)
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-        weights[tensor].view(-1)[7] = value
-        safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for file, name in (("model", tensor), ("training_state", f"weights.{tensor}")):
+            tensors_of = safetensors.torch.load_file(folder / f"{file}.safetensors")
+            tensors_of[name].view(-1)[7] = value
+            safetensors.torch.save_file(tensors_of, folder / f"{file}.safetensors", metadata={"format": "pt"})
         rewrite_checksums(folder)
         out = place / "out"
         readers = [(train.main, [*program.command(run), "--resume"]), (sample.main, [run, "Ada"]),
@@ -787,7 +798,8 @@ def poisoned_weights(world: World, value: float, tensors: tuple) -> Row:
                    (train.main, [*program.command(out), "--init", run])]
         for main, argv in readers[:9 if len(tensors) > 1 else 2]:
             end = child(world.scratch, main, argv)
-            row.add(f"{tensor}, {argv[1:]}", end.problem("not finite", may_succeed=False))
+            words = f"weights.{tensor} does not fit this run" if "--resume" in argv else "not finite"
+            row.add(f"{tensor}, {argv[1:]}", end.problem(words, may_succeed=False))
     return row
 
 
@@ -810,8 +822,8 @@ def poisoned_steps(world: World, steps: int, value: float) -> Row:
         out = world.place() / "out"
         end = child(world.scratch, program.main, program.command(out), lambda: (
             setattr(danube3.Trainer, "take_step", poisoned), setattr(danube3, "MAX_SKIPPED_STEPS", 5)))
-        problem = end.problem("was not finite in 5 steps in a row", may_succeed=steps < 5) or is_finite(out)
-        null = sum(entry.get("loss", 0) is None for entry in contents(out).get("out/metrics.jsonl", []))
+        problem = end.problem("no finite gradient in 5 steps in a row", may_succeed=steps < 5) or is_finite(out)
+        null = sum(entry.get("grad_norm", 0) is None for entry in contents(out).get("out/metrics.jsonl", []))
         row.add(f"{where} from step {first}", problem or ("" if null == steps else f"{null} steps were left out"))
     return row
 

@@ -24,6 +24,7 @@ import os
 import sys
 import tempfile
 import traceback
+import types
 import unittest.mock
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def small_config(danube3, **changes):
 
 
 def random_model(danube3, **changes):
-    model = danube3.Danube3(small_config(danube3, **changes)).init_weights(1)
+    model = danube3.Danube3.new(small_config(danube3, **changes), seed=1)
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -100,13 +101,15 @@ def random_model(danube3, **changes):
 
 
 def beside(danube3, name):
-    """Another file of danube3's folder, "data.read", "sample" or "quantize", as a module that imports this danube3."""
-    folder = Path(danube3.__file__).parent
-    with unittest.mock.patch.dict(sys.modules, danube3=danube3):
-        for each in ("data.read", "sample", "quantize"):  # each may import those before it
+    """Another file of danube3's folder, "data.read", "sample" .., as a module that imports this danube3."""
+    folder, data = Path(danube3.__file__).parent, types.ModuleType("data")
+    data.__path__ = [str(folder / "data"), str(ROOT / "data")]
+    with unittest.mock.patch.dict(sys.modules, danube3=danube3, data=data):
+        for each in ("data.read", "sample", "quantize", "train"):  # each may import those before it
             spec = importlib.util.spec_from_file_location(each, folder / f"{each.replace('.', '/')}.py")
             module = sys.modules[each] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
+            data.read = sys.modules["data.read"]  # for `from data import read`
             if each == name:
                 return module
 
@@ -350,8 +353,7 @@ def rolling_cache(danube3):
     Write a class RollingCache(config, batch_size, window, dtype, device) that a model can use like KVCache, one token
     at a time. `length` counts all tokens seen. `append` returns the keys and values of the last `window` tokens, the
     new one among them (of all tokens, while they are fewer), and the cache holds no more than those. More than one
-    token at a time is refused with a DanubeError. Decoder.forward also writes the ids to `input_ids`. A rolling cache
-    needs none: write them only where a cache has that attribute, or give yours an empty one, [B, 0].
+    token at a time is refused with a DanubeError.
     Hint: token n can overwrite token n - window. Does attention depend on the order of its keys?
     Observe: write a loop that generates with it, past max_position_embeddings. What is lost, and what is not?
     """
@@ -608,11 +610,11 @@ def lora_on_the_head(danube3):
     """An adapter on the head.
 
     Give add_lora a last argument, head: bool = False. If it is True, lm_head gets an adapter like the other linear
-    layers. merge_lora merges it too.
+    layers. merge_lora, in train.py, merges it too.
     Hint: decoder_linears is used in more places than these two.
     Observe: how many more parameters are trained, of 500m at rank 16? What would load_adapters need?
     """
-    ids, plain = torch.randint(0, 37, (2, 9)), random_model(danube3)
+    ids, plain, train = torch.randint(0, 37, (2, 9)), random_model(danube3), beside(danube3, "train")
     count, extra, logits = {}, 3 * (20 + 37), plain(ids)
     for head in (False, True):
         model = random_model(danube3)
@@ -629,7 +631,7 @@ def lora_on_the_head(danube3):
             if "lora_B" in name:
                 p.data.normal_()
         changed = model(ids)
-        merged = danube3.merge_lora(model)
+        merged = train.merge_lora(model)
         left = [name for name, m in merged.named_modules() if isinstance(m, danube3.LoRALinear)]
         need(not left, f"merge_lora leaves an adapter at {left and left[0]}")
         need_close(merged(ids), changed, "merging changes the logits", 1e-6)
@@ -701,7 +703,7 @@ def undo(danube3):
 
     Write a method undo() of ChatSession in sample.py. It forgets the last question and its answer, in `exchanges` and
     `messages`, as if they had never been. If there is none, it raises a DanubeError.
-    Hint: does the cache need anything? Read keep_common_prefix.
+    Hint: does the cache need anything? Read how `answer` sets its length.
     Observe: make it a command of chat, /undo. What can it not bring back, when the context was full?
     """
     ChatSession = beside(danube3, "sample").ChatSession
@@ -858,7 +860,7 @@ def verdict(name, danube3, *predicted):
         return str(sentence)
     except Exception as error:
         folder = Path(danube3.__file__).parent
-        own = [folder / name for name in ("danube3.py", "data/read.py", "sample.py", "quantize.py")]
+        own = [folder / name for name in ("danube3.py", "data/read.py", "sample.py", "quantize.py", "train.py")]
         frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) in own]
         place = f" in line {frames[-1].lineno} of {Path(frames[-1].filename).relative_to(folder)}" if frames else ""
         return f"your code ended with {type(error).__name__}{place}: {(str(error).splitlines() or [''])[0]}"

@@ -24,16 +24,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swiglu cross_entropy KVCache RMSNorm
     Attention MLP DecoderLayer Decoder Danube3 next_token_probabilities generate_tokens generate
-    TokenData.block TokenData.evenly_spread mixture_pattern StageOrder permuted_index StagedData
+    TokenData.block TokenData.count_blocks TokenData.read TokenData.evenly_spread mixture_pattern permuted_index
+    StagedData use_activation_checkpointing Trainer.is_milestone
     TrainConfig.stage_ends TrainConfig.with_tokens make_optimizer learning_rate sequence_lengths micro_batches
     train_step evaluate_loss first_difference render_chat StreamingDetokenizer count_parameters flops_per_token
     sft_config pad_sequences ChatData LoRALinear add_lora merge_lora
-    flush_subnormal reciprocal quantize_int8 quantize_int4 pack_int4 unpack_int4 dequantize DequantizedMatmul
-    QuantizedLinear QuantizedEmbedding search_scales gptq
+    reciprocal quantize_int8 quantize_int4 pack_int4 unpack_int4 dequantize DequantizedMatmul
+    QuantizedLinear QuantizedEmbedding use_quantized_modules search_scales gptq
     remix memory_bytes choose_checkpointing adjust dequantize_model
     ChatSession sliding_windows text_perplexity continuation_log_likelihoods encode_choice choice_log_likelihoods
     multiple_choice classification greedy_answers generative_evaluation
-    sample_sequences gram gptq_model interleave_heads gguf_blocks
+    sample_sequences gram gptq_model bits_for interleave_heads gguf_blocks
     token_count positive read_jsonl check_turns conversation_of""".split()
 MODULES = ("danube3", "train", "sample", "quantize", "data.read")  # which hold them
 FILES = "kernels twins model data config tokenizer training checkpoint chat quantize".split()
@@ -177,6 +178,9 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     sources = {module: (ROOT / f"{module.replace('.', '/')}.py").read_text() for module in MODULES}
+    known = {name for source in sources.values() for name, _ in functions(ast.parse(source))}
+    gone = [name for name in TARGETS if name not in known | {each.partition(".")[0] for each in known}]
+    assert not gone, f"TARGETS names what is gone: {gone}"
     found = [(module, *mutant) for module, source in sources.items() for mutant in mutants(source, args.only)]
     if args.sample:
         found = random.Random(args.seed).sample(found, min(args.sample, len(found)))

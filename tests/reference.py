@@ -471,14 +471,12 @@ def round_away(x):
 
 def quantize_int8(weight):
     """w = code * scale, with scale = max|w| / 127 of the row. weight [out, in] -> codes int8 [out, in], scales fp16
-    [out]. One row at a time."""
+    [out]. One row at a time. Codes are made for the scale as it is stored."""
     codes, scales = np.zeros(weight.shape, np.int8), np.zeros(len(weight), np.float16)
     for i, row in enumerate(weight.astype(np.float32)):
-        scale = np.abs(row).max() / np.float32(127)
-        if scale < 2.0 ** -14:  # subnormal: float16 holds it with fewer digits, or as zero
-            scale = np.float32(np.float16(scale))
-        if scale:
-            codes[i], scales[i] = np.clip(round_away(row / scale), -127, 127), scale
+        scales[i] = np.abs(row).max() / np.float32(127)
+        if scales[i]:
+            codes[i] = np.clip(round_away(row / np.float32(scales[i])), -127, 127)
     return codes, scales
 
 
@@ -491,12 +489,9 @@ def quantize_int4(weight):
     for i in range(out_features):
         for g in range(in_features // 32):
             group = weight[i, 32 * g:32 * g + 32].astype(np.float32)
-            scale = group[np.abs(group).argmax()] / np.float32(-8)
-            if abs(scale) < 2.0 ** -14:  # subnormal
-                scale = np.float32(np.float16(scale))
-            if scale:
-                codes[i, 32 * g:32 * g + 32] = np.clip(np.floor(group / scale + 8.5), 0, 15)
-                scales[i, g] = scale
+            scales[i, g] = group[np.abs(group).argmax()] / np.float32(-8)
+            if scales[i, g]:
+                codes[i, 32 * g:32 * g + 32] = np.clip(np.floor(group / np.float32(scales[i, g]) + 8.5), 0, 15)
     return codes, scales
 
 
@@ -536,7 +531,7 @@ def group_scale(group, error_weight):
     """Of 50 scales fitted by least squares, the one with the smallest weighted error of a group. [32], [32] -> float"""
     largest, best, lowest = group[np.abs(group).argmax()], 0.0, np.inf
     for factor in [*np.linspace(0.6, 1.2, 25), *np.linspace(-1.3, -0.7, 25)]:
-        start = largest / -8 * factor
+        start = float(np.float16(largest / -8 * factor))
         values = np.clip(np.floor(group / start + 0.5), -8, 7) if start else np.zeros(len(group))  # code - 8
         total = (error_weight * values ** 2).sum()
         scale = float(np.float16((error_weight * group * values).sum() / total)) if total else 0.0

@@ -5,7 +5,7 @@ change makes fail. A good answer would be longer: these have no docstrings, and 
 """
 
 
-FILES = ("danube3.py", "sample.py", "quantize.py", "data/read.py")
+FILES = ("danube3.py", "train.py", "sample.py", "quantize.py", "data/read.py")
 
 
 def before(line, code):
@@ -69,7 +69,6 @@ def tie_embeddings(model):
 class RollingCache:
     def __init__(self, config, batch_size, window, dtype, device):
         self.length, self.window = 0, window
-        self.input_ids = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.kv = torch.zeros(config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, window,
                               config.head_dim, dtype=dtype, device=device)
 
@@ -112,7 +111,7 @@ def beam_search(model, input_ids, beams, max_new_tokens):
 def average_weights(folders):
     mean = {}
     for number, folder in enumerate(folders):
-        weights = dict(read_weights(folder))
+        weights = read_weights(folder)
         if number and set(weights) != set(mean):
             raise DanubeError(f"{folder} holds other weights than {folders[0]}")
         for name, weight in weights.items():
@@ -177,10 +176,10 @@ class PlainAdamW(torch.optim.Optimizer):
     for name, linear in (decoder_linears(model) | ({"lm_head": model.lm_head} if head else {})).items():
         lora = LoRALinear(linear, rank)"""),
         ("""\
-    for name, lora in decoder_linears(model).items():
-        if isinstance(lora, LoRALinear):""", """\
-    for name, lora in (decoder_linears(model) | {"lm_head": model.lm_head}).items():
-        if isinstance(lora, LoRALinear):"""),
+    for name, lora in danube3.decoder_linears(model).items():
+        if isinstance(lora, danube3.LoRALinear):""", """\
+    for name, lora in (danube3.decoder_linears(model) | {"lm_head": model.lm_head}).items():
+        if isinstance(lora, danube3.LoRALinear):"""),
     ],
     "two-adapters": [before("def decoder_linears(", """
 def combine_adapters(first, second, weights=(1.0, 1.0)):

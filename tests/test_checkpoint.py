@@ -14,6 +14,7 @@ from conftest import SENTENCES, TINY, NoData, call, digest, one_line_error, rand
 
 import danube3
 import sample
+from data.read import run_command
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_published_names_and_fields(saved):
 
 def change_json(path, **changes):
     """Change entries of a JSON file (None removes one), and forget the checksums of its folder."""
-    values = {**danube3.read_json(path, {}), **changes}
+    values = {**danube3.read_json(path), **changes}
     danube3.write_json(path, {name: value for name, value in values.items() if value is not None})
     (path.parent / "SHA256SUMS").unlink(missing_ok=True)
 
@@ -126,13 +127,13 @@ def test_defaults_of_older_folders(saved):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2', and Danube3 has 'llama'"),
-        ({"attention_bias": True}, "attention_bias is True, and Danube3 has False"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2': Danube3 needs 'llama'"),
+        ({"attention_bias": True}, "attention_bias is True: Danube3 needs False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "rope_type is 'llama3'"),
         ({"hidden_size": None}, "config.json .*hidden_size"),
         ({"intermediate_size": None}, "config.json .*intermediate_size"),
-        ({"hidden_size": "large"}, "config.json cannot be read, it is damaged"),
+        ({"hidden_size": "large"}, "config.json is missing or damaged"),
         ({"hidden_size": 48}, "step-0000007.*size mismatch"),
         ({"num_hidden_layers": 3}, "step-0000007.*Missing key.*model.layers.2"),
         ({"num_hidden_layers": 1}, "step-0000007.*Unexpected key.*model.layers.1"),
@@ -259,8 +260,8 @@ def test_a_single_file_beside_an_index(saved, capsys):
     [
         ({"weight_map": {"lm_head.weight": "../other/model.safetensors"}}, "outside its folder"),
         ({"weight_map": {"lm_head.weight": "absent.safetensors"}}, "absent.safetensors is missing"),
-        ({"weight_map": 5}, "index.json cannot be read, it is damaged"),
-        ({}, "index.json cannot be read, it is damaged"),
+        ({"weight_map": 5}, "index.json is missing or damaged"),
+        ({}, "index.json is missing or damaged"),
     ],
 )
 def test_bad_indexes(index, words, saved):
@@ -282,7 +283,7 @@ def test_added_tokens(file, saved):
     add("</s>", 2)
     danube3.load_checkpoint(folder)
     add("<|image|>", 330)
-    with pytest.raises(danube3.DanubeError, match="tokenizer.model lacks '<.image.>'"):
+    with pytest.raises(danube3.DanubeError, match=r"tokenizer.model lacks \['<.image.>'\]: use the model's"):
         danube3.load_checkpoint(folder)
 
 
@@ -339,7 +340,7 @@ def test_other_special_tokens_are_refused(saved):
     """A tokenizer without </s>, or with another id for it: the model would never stop, or meet the id -1."""
     folder, _ = saved
     change_json(folder / "config.json", eos_token_id=3)
-    with pytest.raises(danube3.DanubeError, match="other ids (for|of) <s> and </s>"):
+    with pytest.raises(danube3.DanubeError, match="has more tokens, or other ids of <s>, </s>: use the model's"):
         danube3.load_checkpoint(folder)
 
 
@@ -347,7 +348,7 @@ def test_a_second_run_is_refused(tmp_path, tokenizer):
     """While the first is there. When it is closed, or its process gone, the output directory is free."""
     first = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData())
     first.step = 1
-    danube3.save_training(first)
+    first.save()
     print(json.dumps({"step": 1, "loss": 2.0}), file=first.log, flush=True)
     before = {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(danube3.DanubeError, match="is in use by another program"):
@@ -360,20 +361,23 @@ def test_a_second_run_is_refused(tmp_path, tokenizer):
 def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, tokenizer):
     run = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData())
     run.step = 1
-    danube3.save_training(run)
+    run.save()
     run.model.lm_head.weight.data[3, 4] = math.inf
     run.step = 2
     with pytest.raises(danube3.DanubeError, match="not finite after step 2.*: lower the learning rate"):
-        danube3.save_training(run)
+        run.save()
     assert [path.name for path in danube3.checkpoints_in(tmp_path)] == ["step-0000001"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), safetensors.SafetensorError("disk full")])
-def test_a_failed_write_leaves_nothing(error, tmp_path, tokenizer, monkeypatch):
+def test_a_failed_write_leaves_nothing(error, tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(safetensors.torch, "save_file", lambda *args, **kwargs: (_ for _ in ()).throw(error))
-    with pytest.raises((OSError, danube3.DanubeError), match="disk full"):
+    with pytest.raises(type(error), match="disk full"):
         danube3.save_checkpoint(tmp_path / "run" / "step-0000001", random_model(TINY), tokenizer)
     assert list((tmp_path / "run").iterdir()) == []
+    with pytest.raises(SystemExit, match="^2$"):
+        run_command(lambda: danube3.save_checkpoint(tmp_path / "run" / "step-0000001", random_model(TINY), tokenizer))
+    assert capsys.readouterr().err == "error: disk full\n"
     with pytest.raises(danube3.DanubeError, match="is no checkpoint"):
         danube3.find_checkpoint(tmp_path / "run")
 
@@ -382,7 +386,7 @@ def test_written_whole_before_it_is_named(tmp_path, tokenizer, monkeypatch):
     """At the moment of renaming, all files are there, are synced, and the old checkpoint still exists."""
     run, renamed = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData()), []
     run.step = 1
-    danube3.save_training(run)
+    run.save()
     synced, rename = [], danube3.Path.rename
     monkeypatch.setattr(danube3, "sync", lambda path: synced.append(path.name))
 
@@ -397,7 +401,7 @@ def test_written_whole_before_it_is_named(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(danube3.Path, "rename", check)
     run.step = 2
-    danube3.save_training(run)
+    run.save()
     assert synced[-1] == tmp_path.name and renamed == danube3.checkpoints_in(tmp_path)
 
 
@@ -409,23 +413,29 @@ def test_checkpoints_run_no_code(tmp_path, tokenizer):
             return os.system, (f"touch {tmp_path / 'owned'}",)
 
     def resume():
-        danube3.Trainer(tmp_path / "run", danube3.Danube3(TINY), tokenizer, NoData(), resume=True)
+        again = danube3.Trainer(tmp_path / "run", danube3.Danube3(TINY), tokenizer, NoData(), resume=True)
+        again.resources.close()
 
     run = danube3.Trainer(tmp_path / "run", random_model(TINY), tokenizer, NoData())
-    danube3.save_training(run)
+    run.save()
     run.resources.close()
     folder = danube3.find_checkpoint(tmp_path / "run")
     (folder / "SHA256SUMS").unlink()
-    for name in ("training_state.safetensors", "training_state.json", "model.safetensors"):
-        content = (folder / name).read_bytes()
-        torch.save({"step": Hostile()}, folder / name)
-        with pytest.raises(danube3.DanubeError, match=f"{name} cannot be read, it is damaged"):
-            resume()
-        (folder / name).write_bytes(content)
-    resume()
+    opened = {
+        resume: ("training_state.safetensors", "training_state.json"),
+        lambda: danube3.load_checkpoint(folder): ("model.safetensors", "config.json", "tokenizer.model"),
+    }
+    for open_, names in opened.items():
+        for name in names:
+            content = (folder / name).read_bytes()
+            torch.save({"step": Hostile()}, folder / name)
+            with pytest.raises(danube3.DanubeError, match=f"{name} is missing or damaged"):
+                open_()
+            (folder / name).write_bytes(content)
+        open_()
     torch.save({"lm_head.weight": Hostile()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(danube3.DanubeError, match="model.safetensors is missing.*pickle files.*convert"):
+    with pytest.raises(danube3.DanubeError, match=r"has no model.safetensors; convert pickle files .\.bin. to it"):
         danube3.load_checkpoint(folder)
     assert not (tmp_path / "owned").exists()
 
@@ -473,6 +483,13 @@ def test_sample_says_when_the_context_is_full(saved):
 )
 def test_sample_flags_refused(saved, flags, words):
     assert words in one_line_error(call("sample.py", saved[0], "Once", *flags))
+
+
+def test_the_prompt_may_come_after_a_flag(saved):
+    """And before one: the same text."""
+    sampling = ["--max-new-tokens", 5, "--temperature", 0]
+    before, after = (call("sample.py", saved[0], *each) for each in (["Ada", *sampling], [*sampling, "Ada"]))
+    assert before.returncode == 0 and before.stdout == after.stdout and before.stdout.startswith("Ada")
 
 
 def test_multiple_choice_by_hand(saved):
@@ -536,7 +553,7 @@ def test_metrics_that_were_damaged(line, tmp_path, tokenizer):
     run = danube3.Trainer(out, model, tokenizer, NoData())
     print(json.dumps({"step": 1, "loss": 2.0}), file=run.log, flush=True)
     run.step = 2
-    danube3.save_training(run)
+    run.save()
     run.resources.close()
     with open(out / "metrics.jsonl", "a", errors="surrogateescape") as file:
         file.write(line)
@@ -552,13 +569,13 @@ def trained(tmp_path, tokenizer):
     ids = torch.randint(3, 330, (8, 16))
     danube3.train_step(run.model, run.optimizer, ids, ids, run.config, 1e-3)
     run.step, run.tokens, run.skipped = 1, 128, 3
-    danube3.save_training(run)
+    run.save()
     run.resources.close()
     return danube3.find_checkpoint(tmp_path / "run"), training_tensors(run)
 
 
 def training_tensors(run):
-    return dict(danube3.training_tensors(run))
+    return dict(run.tensors())
 
 
 def resume(folder, tokenizer):
@@ -568,15 +585,20 @@ def resume(folder, tokenizer):
 
 
 def test_training_state_comes_back(trained, tokenizer):
-    """All weights and moments bit for bit, and how far the run has come; and no weight is stored twice."""
+    """All weights and moments bit for bit, and how far the run has come, from the training state alone."""
     folder, before = trained
+    stored = danube3.read_tensors(folder / "training_state.safetensors")
+    assert {name.split(".")[0] for name in stored} == {"weights", "exp_avg", "exp_avg_sq", "step"}
+    assert stored.keys() == before.keys() and {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    published = danube3.read_tensors(folder / "model.safetensors")
+    assert all(torch.equal(weight, stored[f"weights.{name}"]) for name, weight in published.items())
+    for each in {*folder.iterdir()} - {folder / "training_state.safetensors", folder / "training_state.json"}:
+        each.unlink()
     run = resume(folder, tokenizer)
     after = training_tensors(run)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert (run.step, run.tokens, run.skipped) == (1, 128, 3)
     assert {int(state["step"]) for state in run.optimizer.state.values()} == {1}
-    stored = dict(danube3.read_tensors(folder / "training_state.safetensors"))
-    assert {name.split(".")[0] for name in stored} == {"exp_avg", "exp_avg_sq", "step"}
 
 
 @pytest.mark.parametrize(
@@ -587,26 +609,42 @@ def test_training_state_comes_back(trained, tokenizer):
         {"tokens": "many"},
         {"run_config": 5},
         {"run_config": {"model": 5}},
+        {"run_config": {}},
+        {"skipped": [3]},
+        {"log_lines": "all"},
     ],
     ids=str,
 )
 def test_training_states_of_another_kind(change, trained, tokenizer):
+    """One line, and the log is as it was."""
+    log = trained[0].parent / "metrics.jsonl"
+    log.write_text('{"step": 1}\n')
     change_json(trained[0] / "training_state.json", **change)
-    with pytest.raises(danube3.DanubeError, match="training_state.json cannot be read, it is damaged"):
+    words = "step-0000001.training_state.json is missing or damaged .*: copy it again"
+    if isinstance(change.get("run_config"), dict):
+        words = "step-0000001 was made with another hidden_size .None.: use the same flags and data, or another --out"
+    with pytest.raises(danube3.DanubeError, match=words):
         resume(trained[0], tokenizer)
+    assert log.read_text() == '{"step": 1}\n'
 
 
 def test_moments_of_another_kind(trained, tokenizer):
-    """One is absent, or has another shape, or is not finite."""
+    """One is absent, or has another shape, or is not finite. A refused resume forgets nothing that was logged."""
+    log = trained[0].parent / "metrics.jsonl"
+    log.write_text('{"step": 2}\n')
     folder, name = trained[0], "exp_avg.model.layers.0.mlp.up_proj.weight"
     (folder / "SHA256SUMS").unlink()
-    tensors = dict(danube3.read_tensors(folder / "training_state.safetensors"))
+    tensors = danube3.read_tensors(folder / "training_state.safetensors")
     assert tensors[name].shape == (56, 40)
     for change in ({}, {name: torch.zeros(3, 4)}, {name: torch.full((56, 40), math.nan)}):
         others = {key: tensor for key, tensor in tensors.items() if key != name}
         danube3.write_tensors(folder / "training_state.safetensors", {**others, **change})
-        with pytest.raises(danube3.DanubeError, match="step-0000001"):
+        words = f"step-0000001: {name} does not fit this run$"
+        if not change:
+            words = "step-0000001 holds other tensors than this run has: use another --out"
+        with pytest.raises(danube3.DanubeError, match=words):
             resume(folder, tokenizer)
+        assert log.read_text() == '{"step": 2}\n'
 
 
 @pytest.mark.parametrize("ranks", [(1, 4), (4, 2)], ids=str)
@@ -616,10 +654,27 @@ def test_resume_with_another_lora_rank(ranks, saved, tmp_path, tokenizer):
         model = danube3.add_lora(danube3.load_checkpoint(saved[0])[0], rank, seed=0)
         if rank == ranks[0]:
             run = danube3.Trainer(tmp_path / "lora", model, tokenizer, NoData(), base=saved[0])
-            danube3.save_training(run)
+            run.save()
             run.resources.close()
-    with pytest.raises(danube3.DanubeError, match="step-0000000"):
+    with pytest.raises(danube3.DanubeError, match="step-0000000: .*lora_.* does not fit this run"):
         danube3.Trainer(tmp_path / "lora", model, tokenizer, NoData(), resume=True, base=saved[0])
+
+
+def test_no_older_checkpoint_in_place_of_a_damaged_one(trained, tokenizer):
+    """Where the newest lacks its config.json, that is said."""
+    shutil.copytree(trained[0], newest := trained[0].with_name("step-0000002"))
+    (newest / "config.json").unlink()
+    assert danube3.find_checkpoint(newest.parent) == newest
+    with pytest.raises(danube3.DanubeError, match="step-0000002.config.json is missing or damaged"):
+        danube3.load_checkpoint(newest.parent)
+
+
+def test_leftovers_of_a_kill_are_removed_on_resume(trained, tokenizer):
+    """Half a checkpoint, and an older one: a run that is already finished saves nothing that would remove them."""
+    shutil.copytree(trained[0], trained[0].with_name("step-0000000"))
+    shutil.copytree(trained[0], trained[0].with_name("step-0000002.partial"))
+    resume(trained[0], tokenizer)
+    assert {path.name for path in trained[0].parent.iterdir()} == {"metrics.jsonl", trained[0].name}
 
 
 def test_a_checkpoint_without_training_state(trained, tokenizer):

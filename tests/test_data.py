@@ -15,7 +15,8 @@ import torch
 from conftest import SENTENCES, TINY
 
 import danube3
-from data import toy
+from data import read, toy
+from data.read import TokenData
 
 T = 16
 
@@ -62,7 +63,7 @@ def folder(tmp_path, tokenizer):
 
 
 def staged(folder, config=None):
-    return danube3.StagedData(danube3.TokenData(folder, TINY, T), config or small_config())
+    return danube3.StagedData(TokenData(folder, TINY, T), config or small_config())
 
 
 def test_shards_hold_documents(folder):
@@ -77,7 +78,7 @@ def test_shards_hold_documents(folder):
 
 
 def test_blocks_run_across_shards(folder):
-    data = danube3.TokenData(folder, TINY, T)
+    data = TokenData(folder, TINY, T)
     tokens = np.concatenate([np.fromfile(path, dtype="<u2") for path in sorted(folder.glob("a-train-*.bin"))])
     assert data.blocks["a", "train"] == 1000 // T
     for i in range(1000 // T):
@@ -86,12 +87,14 @@ def test_blocks_run_across_shards(folder):
 
 def test_blocks_are_spread_evenly(folder):
     """From the first to nearly the last, or all of them where there are fewer."""
-    data = danube3.TokenData(folder, TINY, T)
+    data = TokenData(folder, TINY, T)
     total = data.blocks["a", "val"]
-    spread = data.evenly_spread("a", "val", 3).numpy()
+    input_ids, labels = data.evenly_spread("a", "val", 3)
+    spread = input_ids.numpy()
+    assert torch.equal(input_ids, labels)
     assert spread.shape == (3, T) and spread.dtype == np.int64
     assert all(np.array_equal(spread[i], data.block("a", "val", i * total // 3)) for i in range(3))
-    assert len(data.evenly_spread("c", "val", 1000)) == data.blocks["c", "val"]
+    assert len(data.evenly_spread("c", "val", 1000)[0]) == data.blocks["c", "val"]
 
 
 @pytest.mark.parametrize(
@@ -105,10 +108,14 @@ def test_blocks_are_spread_evenly(folder):
     ],
 )
 def test_mixture_pattern(weights):
-    length = 2 * sum(weights.values()) + 5
-    pattern = danube3.mixture_pattern(weights, length)
-    assert pattern == reference.mixture_pattern(weights, length)
-    assert pattern[: sum(weights.values())] == pattern[sum(weights.values()) : 2 * sum(weights.values())]
+    """One period, which goes on for ever; beside each source, how many of its sequences came before."""
+    total, given = sum(weights.values()), Counter()
+    pattern = danube3.mixture_pattern(weights)
+    names = [name for name, _ in pattern]
+    assert len(names) == total and (names * 7)[: 2 * total + 5] == reference.mixture_pattern(weights, 2 * total + 5)
+    for name, earlier in pattern:
+        assert earlier == given[name]
+        given[name] += 1
 
 
 @pytest.mark.parametrize("seed", [*range(100), *danube3.three_stages(1, 1, 1)])
@@ -120,7 +127,7 @@ def test_every_prefix_has_its_shares(seed):
         draw = random.Random(seed)
         weights = {f"s{i}": draw.randrange(1, draw.choice([5, 50, 500])) for i in range(draw.randrange(2, 9))}
     given, total = Counter(), sum(weights.values())
-    for t, name in enumerate(danube3.mixture_pattern(weights, min(total, 1000)), start=1):
+    for t, (name, _) in enumerate(danube3.mixture_pattern(weights), start=1):
         given[name] += 1
         assert all(abs(given[s] - Fraction(t * w, total)) < 1 for s, w in weights.items())
 
@@ -136,7 +143,7 @@ def test_more_shards_than_open_files(tmp_path, tokenizer):
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limit[1]))
     try:
-        data = danube3.TokenData(folder, TINY, 100)
+        data = TokenData(folder, TINY, 100)
         assert [data.block("a", "train", i).tolist() for i in (0, 2)] == [[*range(3, 103)], [*range(203, 303)]]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
@@ -171,7 +178,7 @@ def test_batches_are_what_the_brute_force_gives(folder):
                 blocks = batches.data.blocks[name, "train"]
                 epoch, place = divmod(used[name], blocks)
                 block = danube3.permuted_index(place, blocks, f"{config.seed}/{name}/{epoch}")
-                assert batches.locate(s, i) == (name, block)
+                assert batches.locate(s, i) == (name, "train", block)
                 assert np.array_equal(batches.batch(s)[0][i], batches.data.block(name, "train", block))
                 used[name] += 1
         step = end
@@ -184,7 +191,7 @@ def test_a_single_source(folder):
     config = small_config(stages=(danube3.Stage("only", 64 * 40, {"a": 5}),))
     batches = staged(folder, config)
     n = batches.data.blocks["a", "train"]
-    blocks = [batches.locate(step, i)[1] for step in range(40) for i in range(4)]
+    blocks = [batches.locate(step, i)[2] for step in range(40) for i in range(4)]
     assert blocks[:n] == [danube3.permuted_index(i, n, "0/a/0") for i in range(n)]
     assert blocks[n : 2 * n] == [danube3.permuted_index(i, n, "0/a/1") for i in range(n)]
 
@@ -194,7 +201,7 @@ def test_no_block_repeats_before_all_were_used(folder):
     batches, seen = staged(folder, config), {name: [] for name in "abc"}
     for step in range(batches.total_steps):
         for i in range(config.batch_size):
-            name, block = batches.locate(step, i)
+            name, _, block = batches.locate(step, i)
             seen[name].append(block)
     for name, blocks in seen.items():
         n = batches.data.blocks[name, "train"]
@@ -226,7 +233,7 @@ def test_each_rank_reads_its_part_of_the_global_batch(folder):
 
 def test_real_training_configs_are_cheap_to_index(folder):
     """The arithmetic of the 4b training config at its far end: no list as long as the run."""
-    data = danube3.TokenData(folder, TINY, T)
+    data = TokenData(folder, TINY, T)
     data.blocks = {(name, split): 10**9 for name in danube3.SOURCES for split in ("train", "val")}
     config = danube3.TRAIN_CONFIGS["4b"]
     batches = danube3.StagedData(data, config)
@@ -271,9 +278,9 @@ def damage(folder, how):
 @pytest.mark.parametrize(
     "how, words",
     [
-        ("missing shard", "b-train-00001.bin is missing"),
-        ("truncated shard", "b-train-00001.bin was cut short: make it again"),
-        ("odd shard", "b-train-00001.bin was cut short: make it again"),
+        ("missing shard", "b-train-00001.bin is missing or was cut short: make it again"),
+        ("truncated shard", "b-train-00001.bin is missing or was cut short: make it again"),
+        ("odd shard", "b-train-00001.bin is missing or was cut short: make it again"),
         ("foreign ids", "b-train-00001.bin is damaged: make the data again"),
         ("one id too many", "b-train-00001.bin is damaged: make the data again"),
         ("no meta", "no data at .*: make it with data/prepare.py"),
@@ -286,7 +293,7 @@ def damage(folder, how):
 def test_damaged_data(folder, how, words):
     config = damage(folder, how)
     with pytest.raises(danube3.DanubeError, match=words):
-        batches = danube3.StagedData(danube3.TokenData(folder, config, T), small_config())
+        batches = danube3.StagedData(TokenData(folder, config, T), small_config())
         for step in range(20):
             batches.batch(step)
 
@@ -303,7 +310,7 @@ def test_checksums_of_a_data_folder(folder, monkeypatch):
     shard.write_bytes(ids.tobytes())
     with pytest.raises(danube3.DanubeError, match="b-train-00001.bin is missing or damaged"):
         staged(folder)
-    monkeypatch.setattr(danube3, "SMALL_FILE", shard.stat().st_size - 1)
+    monkeypatch.setattr(read, "SMALL_FILE", shard.stat().st_size - 1)
     staged(folder)
     (folder / "meta.json").unlink()
     with pytest.raises(danube3.DanubeError, match="no meta.json"):
@@ -318,8 +325,8 @@ def test_source_shorter_than_a_sequence(tmp_path, tokenizer):
 
 def test_source_too_short_to_evaluate(tmp_path, tokenizer):
     """quantize.py and sample.py read data folders without a training config: a line says which source is too short."""
-    data = danube3.TokenData(write_data(tmp_path / "tiny", tokenizer, {"a": 100, "c": 9}), TINY, T)
-    with pytest.raises(danube3.DanubeError, match=r"source 'c' \(val\) of .* is too short: add text"):
+    data = TokenData(write_data(tmp_path / "tiny", tokenizer, {"a": 100, "c": 9}), TINY, T)
+    with pytest.raises(danube3.DanubeError, match=r"source 'c' \(val\) is missing or too short: add text"):
         data.evenly_spread("c", "val", 4)
 
 
@@ -330,7 +337,7 @@ def test_meta_of_the_wrong_shape(folder, sources):
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps({**meta, "sources": sources}))
     with pytest.raises(danube3.DanubeError, match="meta.json .* damaged|names no sources|a-train-00000.bin"):
-        danube3.TokenData(folder, TINY, T)  # sample.py and quantize.py ask for no more
+        TokenData(folder, TINY, T)  # sample.py and quantize.py ask for no more
 
 
 def test_permuted_index_never_changes():
@@ -343,7 +350,7 @@ def test_permuted_index_never_changes():
 
 def test_how_often_a_source_is_read(folder):
     """Its sequences in the run divided by its blocks. More than a hundred epochs are refused, with the number."""
-    data = danube3.TokenData(folder, TINY, T)
+    data = TokenData(folder, TINY, T)
     blocks = {name: data.blocks[name, "train"] for name in ("a", "b")}
     stage = danube3.Stage("one", 40 * 4 * T, {"a": 3, "b": 1})
     config = small_config(stages=(stage,))

@@ -7,6 +7,7 @@ import torch
 from conftest import TINY, random_model, transformers_model
 
 import danube3
+import sample
 
 WIDE = dataclasses.replace(danube3.CONFIGS["4b"], num_hidden_layers=2, vocab_size=1_000)  # 0.3 billion parameters
 
@@ -78,9 +79,14 @@ def test_cache_equals_no_cache(T):
         parts = [ids[:, :split], ids[:, split:T], *ids[:, T:].split(1, dim=1)]
         hidden = torch.cat([model.model(part, cache) for part in parts if part.shape[1]], dim=1)
         torch.testing.assert_close(hidden, whole, atol=1e-10, rtol=1e-6)
-        assert cache.length == T + 3 and torch.equal(cache.input_ids, ids)
-    with pytest.raises(danube3.DanubeError, match="do not fit"):
-        model.model(ids[:, :1], cache)
+        assert cache.length == T + 3
+    for count in (1, 2):  # a single token would fit any slice, even an empty one, and be lost without a word
+        with pytest.raises(RuntimeError, match=f"length .{T + 3 + count}. exceeds dimension size .{T + 3}."):
+            model.model(ids[:, :count], cache)
+    assert cache.length == T + 3
+    short = danube3.KVCache(TINY, 2, T + 1, torch.float64, ids.device)
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        danube3.generate(model, ids[:, :T], 3, kv_cache=short)
 
 
 def test_a_later_token_changes_nothing_before_it():
@@ -109,13 +115,13 @@ def test_loss_in_blocks_is_the_loss(monkeypatch):
 
 def test_cache_holds_what_it_must_and_no_more():
     cache = danube3.KVCache(TINY, 3, 20, torch.float32, torch.device("cpu"))
-    assert cache.kv.shape == (2, 2, 3, 2, 20, 6) and cache.input_ids.shape == (3, 20)
-    assert {name for name, value in vars(cache).items() if torch.is_tensor(value)} == {"kv", "input_ids"}
+    assert cache.kv.shape == (2, 2, 3, 2, 20, 6) and cache.length == 0
+    assert {name for name, value in vars(cache).items() if torch.is_tensor(value)} == {"kv"}
 
 
 def test_initial_weights():
     config = danube3.CONFIGS["toy"]
-    model, again = danube3.Danube3.new(config, 5), danube3.Danube3(config).init_weights(5)
+    model, again = danube3.Danube3.new(config, 5), danube3.Danube3.new(config, 5)
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(p, q)
         if p.dim() == 2:
@@ -124,8 +130,7 @@ def test_initial_weights():
             ), name
         else:
             assert torch.equal(p, torch.ones_like(p))
-    assert torch.equal(random_model(TINY).init_weights(0).model.norm.weight, torch.ones(TINY.hidden_size))
-    assert not torch.equal(model.lm_head.weight, danube3.Danube3(config).init_weights(6).lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, danube3.Danube3.new(config, 6).lm_head.weight)
     loss = model(ids := torch.randint(0, 1024, (4, 64)), ids).item() / (4 * 63)
     assert abs(loss - 6.93) < 0.4  # ln 1024: it knows nothing
 
@@ -214,7 +219,7 @@ def test_generation_stops():
 
 def test_generation_stops_at_every_stop_id():
     """Each of stop_ids ends a sequence, which then repeats eos_token_id."""
-    model, ids = random_model(TINY), torch.randint(3, 330, (3, 8))
+    model, ids = random_model(TINY), torch.randint(3, 330, (3, 8), generator=torch.Generator().manual_seed(2))
     model.stop_ids = []
     free = danube3.generate(model, ids, 20)[:, 8:].tolist()
     model.stop_ids = [free[0][6], free[1][3], 2]
@@ -227,7 +232,25 @@ def test_generation_stops_at_every_stop_id():
 
 
 @pytest.mark.parametrize("kept", [0, 3, 8, 11])
-def test_a_cache_keeps_what_it_has_in_common_with_the_prompt(kept, monkeypatch):
+def test_generation_goes_on_from_a_cache(kept, monkeypatch):
+    """What the cache holds of the prompts' beginning is not computed again, and what is generated is the same."""
+    model, prompts = random_model(TINY), torch.randint(3, 330, (2, 12))
+    expected, lengths, forward = danube3.generate(model, prompts, 9), [], danube3.Decoder.forward
+    cache = danube3.KVCache(TINY, 2, 24, torch.float32, prompts.device)
+    model.model(torch.cat([prompts[:, :kept], torch.randint(3, 330, (2, 3))], dim=1), cache)  # and something else
+    cache.length = kept
+    monkeypatch.setattr(danube3.Decoder, "forward", lambda *args: lengths.append(args[1].shape[1]) or forward(*args))
+    assert torch.equal(danube3.generate(model, prompts, 9, kv_cache=cache), expected)
+    count = expected.shape[1] - 12
+    assert lengths == [12 - kept] + [1] * (count - 1) and cache.length == 12 + count - 1
+    monkeypatch.undo()
+    whole = danube3.KVCache(TINY, 2, 24, torch.float32, prompts.device)
+    model.model(expected[:, :-1], whole)
+    torch.testing.assert_close(cache.kv[..., : cache.length, :], whole.kv[..., : cache.length, :])
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8, 11])
+def test_a_conversation_keeps_what_its_cache_has_in_common_with_the_prompt(kept, monkeypatch, tokenizer):
     """The longest common prefix, but never the last token, whose logits are needed: also where the cache holds more
     than the prompt, or all of it. What is generated is the same as without a cache."""
     model = random_model(TINY)
@@ -236,23 +259,22 @@ def test_a_cache_keeps_what_it_has_in_common_with_the_prompt(kept, monkeypatch):
     ids[:, kept] = (read[:, kept] - 2) % 327 + 3  # another one
     if kept == 11:
         ids[:, kept] = read[:, kept]  # the cache holds the whole prompt
-    cache = danube3.KVCache(TINY, 1, 24, torch.float32, ids.device)
-    model.model(read, cache)
-    expected, lengths, forward = danube3.generate(model, ids, 9)[:, 12:], [], danube3.Decoder.forward
+    session = sample.ChatSession(model, tokenizer, 9, temperature=0.0)
+    model.model(read, session.kv_cache)
+    session.cached = read[0].tolist()
+    expected, lengths, forward = danube3.generate(model, ids, 9)[0].tolist(), [], danube3.Decoder.forward
     monkeypatch.setattr(danube3.Decoder, "forward", lambda *args: lengths.append(args[1].shape[1]) or forward(*args))
-    tokens = torch.stack(list(danube3.generate_tokens(model, ids, 9, kv_cache=cache)), dim=1)
-    assert torch.equal(tokens, expected)
-    assert lengths == [12 - kept] + [1] * (tokens.shape[1] - 1)
-    assert torch.equal(cache.input_ids[:, : cache.length], torch.cat([ids, tokens], dim=1)[:, : cache.length])
+    list(session.answer(ids[0].tolist()))
+    assert session.exchanges[0][: len(expected)] == expected and set(session.exchanges[0][len(expected) :]) <= {2}
+    assert lengths == [12 - kept] + [1] * (len(expected) - 12 - 1)
+    assert session.cached == expected[: session.kv_cache.length] and session.kv_cache.length == len(expected) - 1
 
 
-def test_a_cache_keeps_what_all_sequences_have_in_common():
-    cache = danube3.KVCache(TINY, 2, 8, torch.float32, torch.device("cpu"))
-    random_model(TINY).model(torch.tensor([[5, 6, 7, 8], [5, 6, 7, 8]]), cache)
-    cache.keep_common_prefix(torch.tensor([[5, 6, 7, 8, 9], [5, 9, 7, 8, 9]]))
-    assert cache.length == 1
-    cache.keep_common_prefix(torch.tensor([[5, 6], [5, 6]]))  # the second one is forgotten
-    assert cache.length == 1
+def test_first_difference():
+    assert danube3.first_difference([5, 6, 7, 8, 9], [5, 9, 7, 8, 9]) == 1
+    assert danube3.first_difference([5, 6, 7], [5, 6, 7]) == 3 and danube3.first_difference([1], [2]) == 0
+    assert danube3.first_difference([5, 6], [5, 6, 7, 8]) == danube3.first_difference([5, 6, 7, 8], [5, 6]) == 2
+    assert danube3.first_difference([], [5]) == danube3.first_difference([5], []) == 0
 
 
 def test_logits_that_are_not_finite_are_refused():

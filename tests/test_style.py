@@ -28,8 +28,8 @@ def test_mypy_is_given_every_program():
         assert f'"{path.relative_to(ROOT).as_posix()}"' in settings, path
 
 
-# Lines of each file, at most. danube3.py is to come down to 1,650 lines and 90,000 bytes; until then it may not grow.
-LINES = {"danube3.py": 1_880, "train.py": 480, "sample.py": 450, "quantize.py": 450, "read.py": 250}
+# Lines of each file, at most.
+LINES = {"danube3.py": 1_650, "train.py": 480, "sample.py": 450, "quantize.py": 450, "read.py": 250}
 SHORT = [path for path in PROGRAMS if path.name in LINES]  # prepare.py, toy.py, experiment.py are still wider
 DENSE = (ast.IfExp, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.NamedExpr, ast.Lambda)
 
@@ -53,7 +53,7 @@ def test_length_and_density(path):
 
 def test_danube3_is_narrow():
     lines = [line for line in TEXT.splitlines() if line.strip()]
-    assert sum(map(len, lines)) / len(lines) <= 63 and len(TEXT.encode()) <= 106_000
+    assert sum(map(len, lines)) / len(lines) <= 62 and len(TEXT.encode()) <= 90_000
 
 
 def body_lines(node):

@@ -138,15 +138,12 @@ def test_labels_are_the_answers(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "messages, word",
-    [
-        ([{"role": "system", "content": "x"}], "System role not supported"),
-        ([{"role": "tool", "content": "x"}], "unknown chat role"),
-    ],
+    "message",
+    [{"role": "system", "content": "x"}, {"role": "tool", "content": "x"}, {"role": "user"}, {"content": "x"}],
 )
-def test_roles_refused(messages, word, tokenizer):
-    with pytest.raises(danube3.DanubeError, match=word):
-        danube3.render_chat(messages, tokenizer)
+def test_messages_refused(message, tokenizer):
+    with pytest.raises(danube3.DanubeError, match="needs a text and the role user or assistant, but this is"):
+        danube3.render_chat([message], tokenizer)
 
 
 @pytest.mark.parametrize("which", ["toy", "mistral"])
@@ -199,15 +196,15 @@ def test_settings_and_determinism(tokenizer, tmp_path):
 
 def test_bad_tokenizer_files(tmp_path):
     """A message names the file and what to do."""
-    with pytest.raises(danube3.DanubeError, match=r"none\.model is missing: copy it there"):
+    with pytest.raises(danube3.DanubeError, match=r"none\.model is missing or damaged .*No such file.*: copy it again"):
         danube3.Tokenizer(tmp_path / "none.model")
     (tmp_path / "bad.model").write_bytes(b"not a tokenizer")
-    with pytest.raises(danube3.DanubeError, match=r"bad\.model cannot be read, it is damaged .*copy it again"):
+    with pytest.raises(danube3.DanubeError, match=r"bad\.model is missing or damaged .*copy it again"):
         danube3.Tokenizer(tmp_path / "bad.model")
     with pytest.raises(danube3.DanubeError, match="another vocabulary size"):
         toy.train_tokenizer(["a b"], 5000, tmp_path / "big.model")
 
 
 def test_text_that_is_no_text(tokenizer):
-    with pytest.raises(danube3.DanubeError, match="not valid Unicode"):
-        tokenizer.encode("broken \udcff")
+    """Half a surrogate pair, as in bytes that are no text, is read as a question mark."""
+    assert tokenizer.encode("broken \udcff") == tokenizer.encode("broken ?")

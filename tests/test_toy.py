@@ -12,7 +12,7 @@ from conftest import call, digest, one_line_error, run
 
 import danube3
 from data import toy
-from data.read import read_jsonl
+from data.read import TokenData, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_contract(toy_data):
 def test_no_block_is_read_twice(toy_data):
     """The toy run reads at most one epoch of each source, as TRAIN_TOKENS says."""
     config, training = danube3.CONFIGS["toy"], danube3.TRAIN_CONFIGS["toy"]
-    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    data = TokenData(toy_data, config, training.sequence_length)
     for name, used in danube3.StagedData(data, training).used[-1].items():
         assert used <= data.blocks[name, "train"] < 2.5 * used, name
 

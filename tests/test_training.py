@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import timeit
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -21,6 +22,7 @@ from conftest import ROOT, TINY, NoData, call, digest, one_line_error, random_mo
 
 import danube3
 import train
+from data.read import TokenData
 
 SMALL = ("--tokens", "20480", "--device", "cpu")  # 20 steps of 1,024 tokens: 10, 5 and 5 in the three stages
 
@@ -29,10 +31,11 @@ def toy_config(**changes):
     return dataclasses.replace(danube3.TRAIN_CONFIGS["toy"].with_tokens(20_480), **changes)
 
 
-def test_twenty_steps_equal_transformers(toy_data):
+def test_fifty_steps_equal_transformers(toy_data):
     """Our loop and a plain one of transformers and torch.optim.AdamW: the same weights and batches, the same losses."""
     config, training = danube3.CONFIGS["toy"], toy_config(micro_batch_size=4, adam_eps=1e-6)  # 1e-8 follows rounding
-    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    training = training.with_tokens(50 * training.tokens_per_step)
+    data = TokenData(toy_data, config, training.sequence_length)
     batches, model = danube3.StagedData(data, training), random_model(config).train()
     theirs = transformers_model(config, model.state_dict(), pad_token_id=None).train()
     ours, plain = (
@@ -56,14 +59,14 @@ def test_twenty_steps_equal_transformers(toy_data):
         loss, norm = danube3.train_step(model, ours, input_ids, labels, training, lr)
         final = training.final_lr_fraction * training.learning_rate
         for group in plain.param_groups:
-            group["lr"] = reference.learning_rate(step, batches.total_steps, 1, training.learning_rate, final)
+            group["lr"] = reference.learning_rate(step, batches.total_steps, 2, training.learning_rate, final)
         expected = theirs(input_ids=input_ids, labels=labels).loss
         expected.backward()
         expected_norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), training.grad_clip)
         plain.step()
         plain.zero_grad()
         assert abs(loss - expected.item()) < 1e-4 and abs(norm - expected_norm.item()) < 1e-3 * expected_norm, step
-    assert batches.total_steps == 20
+    assert batches.total_steps == 50
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8, 99])
@@ -163,9 +166,8 @@ def test_a_run_from_the_command_line(undisturbed, toy_data):
     assert re.search(r"\nrandom baseline +0\.1000\n", result.stdout)
     assert result.stdout.count("--- a sample") == 2 and "python sample.py" in result.stdout
     assert "1,049,728 trainable parameters" in result.stdout
-    assert re.search(
-        r"20/20 .*stage 3.*loss\D*\d+\.\d+.*, tokens_per_second=\d+, mfu=0?\.\d+", result.stderr.replace("\r", "\n")
-    )
+    bar = result.stderr.replace("\r", "\n")
+    assert re.search(r"20/20 .*[\d.]+(step/s|s/step), loss=\d+\.\d+, mfu=\d*\.\d+, stage=stage 3\]", bar)
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [e for e in entries if "loss" in e]
     assert [e["step"] for e in steps] == list(range(1, 21)) and [e["tokens"] for e in steps] == [
@@ -189,13 +191,13 @@ def test_a_run_from_the_command_line(undisturbed, toy_data):
     assert all(set(e["val_loss"]) == set(danube3.SOURCES) for e in checks)
     assert steps[-1]["loss"] < 6.3 < steps[0]["loss"] and all(0 < e["mfu"] < 10 for e in steps)
     model, tokenizer = danube3.load_checkpoint(out)
-    validation = danube3.StagedData(danube3.TokenData(toy_data, model.config, 128), toy_config()).validation()
+    validation = danube3.StagedData(TokenData(toy_data, model.config, 128), toy_config()).validation()
     again = {name: danube3.evaluate_loss(model, *each, 8) for name, each in validation.items()}
     assert again == pytest.approx(checks[-1]["val_loss"], rel=1e-5)
 
 
 def test_validation_loss_is_the_mean_over_tokens(toy_data):
-    config, data = danube3.CONFIGS["toy"], danube3.TokenData(toy_data, danube3.CONFIGS["toy"], 128)
+    config, data = danube3.CONFIGS["toy"], TokenData(toy_data, danube3.CONFIGS["toy"], 128)
     model, count, blocks = random_model(config), danube3.VALIDATION_SEQUENCES, data.blocks["other", "val"]
     picks = sorted({i * blocks // count for i in range(count)})
     ids = torch.stack([torch.from_numpy(data.block("other", "val", i)) for i in picks])
@@ -266,7 +268,7 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, toy_data, tmp_path
 @pytest.mark.slow
 def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path, monkeypatch):
     """A run that dies after step 10 and goes on with smaller micro-batches has the same losses, but for rounding."""
-    out, save, saved = tmp_path / "broken", danube3.save_training, []
+    out, save, saved = tmp_path / "broken", danube3.Trainer.save, []
 
     def save_once(run_):
         saved.append(run_.step)
@@ -274,7 +276,7 @@ def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path, 
         if run_.step >= 10:
             raise danube3.DanubeError("the power fails")
 
-    monkeypatch.setattr(danube3, "save_training", save_once)
+    monkeypatch.setattr(danube3.Trainer, "save", save_once)
     assert "the power fails" in call(*command(toy_data, out)[1:]).stderr
     monkeypatch.undo()
     assert saved[-1] == 10 and danube3.find_checkpoint(out).name == "step-0000010"
@@ -289,9 +291,12 @@ def test_micro_batch_size_may_change_on_resume(undisturbed, toy_data, tmp_path, 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--tokens", "41k", "--resume"], "another training .stages .*: resume with that run's flags"),
-        (["--learning-rate", "0.1", "--resume"], "another training .learning_rate was 0.003"),
-        ([], "already holds a run: add --resume.* or choose another --out"),
+        (["--tokens", "41k", "--resume"], "another stages .*: use the same flags and data, or another --out"),
+        (
+            ["--learning-rate", "0.1", "--resume"],
+            "another learning_rate .0.003.: use the same flags and data, or another --out",
+        ),
+        ([], "already holds a run: add --resume, or use another --out"),
     ],
 )
 def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
@@ -338,8 +343,8 @@ def test_the_plan_of_500m():
 def test_bf16_runs_keep_fp32_masters(toy_data, tmp_path, monkeypatch):
     """As on a GPU, with this CPU computing in bf16: published in bf16, and a resumed run goes on from fp32."""
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: torch.bfloat16)
-    config, training, save = danube3.CONFIGS["toy"], toy_config(save_every=4), danube3.save_training
-    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    config, training, save = danube3.CONFIGS["toy"], toy_config(save_every=4), danube3.Trainer.save
+    data = TokenData(toy_data, config, training.sequence_length)
     batches = danube3.StagedData(data, training)
 
     def start(out, resume=False):
@@ -348,9 +353,9 @@ def test_bf16_runs_keep_fp32_masters(toy_data, tmp_path, monkeypatch):
     whole = start(tmp_path / "whole")
     assert danube3.train(whole, 1e12)
     broken = start(tmp_path / "broken")
-    monkeypatch.setattr(danube3, "save_training", lambda run_: run_.step < 13 and save(run_))  # dies after step 12
+    monkeypatch.setattr(danube3.Trainer, "save", lambda run_: run_.step < 13 and save(run_))  # dies after step 12
     assert danube3.train(broken, 1e12)
-    monkeypatch.setattr(danube3, "save_training", save)
+    monkeypatch.setattr(danube3.Trainer, "save", save)
     resumed = start(tmp_path / "broken", resume=True)
     assert resumed.step == 12 and danube3.train(resumed, 1e12)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
@@ -364,7 +369,7 @@ def test_bf16_runs_keep_fp32_masters(toy_data, tmp_path, monkeypatch):
 def test_compiled_is_plain(toy_data):
     """--compile: the same losses to rounding, the same names in the checkpoint, no break where lengths vary."""
     config, training = danube3.CONFIGS["toy"], toy_config()
-    batches = danube3.StagedData(danube3.TokenData(toy_data, config, training.sequence_length), training)
+    batches = danube3.StagedData(TokenData(toy_data, config, training.sequence_length), training)
     losses = []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -384,9 +389,9 @@ def test_compiled_is_plain(toy_data):
 
 
 def test_resumed_before_the_first_step(tmp_path, tokenizer):
-    """A checkpoint of step 0, as Ctrl-C during the first validation leaves it, counts no step."""
+    """A checkpoint of step 0, which no run of ours writes, counts no step."""
     first = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData())
-    danube3.save_training(first)
+    first.save()
     first.resources.close()  # and with it the lock
     again = danube3.Trainer(tmp_path, random_model(TINY, seed=1), tokenizer, NoData(), resume=True)
     ids = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -402,20 +407,24 @@ def test_resumed_before_the_first_step(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("step", [0, 2, 3, 5])
 def test_nothing_is_logged_twice(step, toy_data, tmp_path):
-    """Interrupted before the first step, after a step, and right after a validation."""
+    """Interrupted before the first step (which is finished), after one, and at a milestone: then the resumed run makes
+    up for the validation. After the last step nothing is left to interrupt."""
     config, training = danube3.CONFIGS["toy"], toy_config(save_every=3).with_tokens(5 * 1_024)
-    data = danube3.StagedData(danube3.TokenData(toy_data, config, training.sequence_length), training)
+    data = danube3.StagedData(TokenData(toy_data, config, training.sequence_length), training)
     run_ = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data)
 
     class Interrupts:
         def __len__(self):
-            return run_.step == step
+            return run_.step >= step
 
-    assert not danube3.train(run_, 1e12, Interrupts())
+    step_done = max(1, step)
+    assert danube3.train(run_, 1e12, Interrupts()) == (step == 5)
+    assert [path.name for path in tmp_path.glob("step-*")] == [f"step-{step_done:07d}"]
+    assert losses(tmp_path)[-1][0] == step_done and (losses(tmp_path)[-1][-1] is None) == (step < 5)
     again = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data, resume=True)
-    assert again.step == step and danube3.train(again, 1e12)
+    assert again.step == step_done and danube3.train(again, 1e12)
     checks = [each[0] for each in losses(tmp_path) if each[-1]]
     assert [each[0] for each in losses(tmp_path) if each[-2]] == [1, 2, 3, 4, 5]
     assert checks == sorted(set(checks)) and {0, 3, 5} <= set(checks)
@@ -429,8 +438,9 @@ def test_activation_checkpointing(compiled):
     gradients, kept = [], []
     for checkpointing in (False, True):
         model, saved = random_model(config).train(), {}
-        for layer in model.model.layers:
-            layer.activation_checkpointing = checkpointing
+        if checkpointing:
+            danube3.use_activation_checkpointing(model)
+        torch._dynamo.utils.counters.clear()
         if compiled:
             train.compile_model(model)
 
@@ -444,6 +454,7 @@ def test_activation_checkpointing(compiled):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = model(ids, ids)
         loss.backward()
+        assert bool(torch._dynamo.utils.counters["frames"]) == compiled  # the layers are not left out in silence
         gradients.append([p.grad for p in model.parameters()])
         kept.append(sum(saved.values()))
     for first, second in zip(*gradients):
@@ -464,7 +475,7 @@ def test_losses_that_are_not_finite(count, toy_data, tmp_path, monkeypatch):
     assert danube3.MAX_SKIPPED_STEPS == 20
     config = danube3.CONFIGS["toy"]
     training = dataclasses.replace(danube3.TRAIN_CONFIGS["toy"].with_tokens(30 * 1_024), save_every=4)
-    data = danube3.TokenData(toy_data, config, training.sequence_length)
+    data = TokenData(toy_data, config, training.sequence_length)
     model = danube3.Danube3.new(config, 0)
     take_step, calls, weights = danube3.train_step, itertools.count(), []
 
@@ -481,7 +492,7 @@ def test_losses_that_are_not_finite(count, toy_data, tmp_path, monkeypatch):
         assert danube3.train(run_, 1e12)
         assert all(p.isfinite().all() for p in model.parameters())
     else:
-        with pytest.raises(danube3.DanubeError, match="not finite in 20 steps in a row.*: lower the learning rate"):
+        with pytest.raises(danube3.DanubeError, match="no finite gradient in 20 steps in a row: lower the"):
             danube3.train(run_, 1e12)
         kept = safetensors.torch.load_file(danube3.find_checkpoint(tmp_path) / "model.safetensors")
         assert all(w.isfinite().all() for w in kept.values())
@@ -495,10 +506,10 @@ def test_losses_that_are_not_finite(count, toy_data, tmp_path, monkeypatch):
 def test_skipped_steps_are_counted_over_a_resume(toy_data, tmp_path):
     """A run that is interrupted again and again must not skip steps for ever."""
     config, training = danube3.CONFIGS["toy"], toy_config()
-    data = danube3.StagedData(danube3.TokenData(toy_data, config, training.sequence_length), training)
+    data = danube3.StagedData(TokenData(toy_data, config, training.sequence_length), training)
     first = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data)
     first.step, first.skipped = 3, 19
-    danube3.save_training(first)
+    first.save()
     first.resources.close()
     again = danube3.Trainer(tmp_path, danube3.Danube3.new(config, 0), data.data.tokenizer, data, resume=True)
     again.model.model.norm.eps = math.nan
@@ -550,25 +561,62 @@ def test_cudnn_attention_is_for_fixed_lengths(toy_data, tmp_path, monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_interrupt_handlers_are_put_back():
+@pytest.fixture
+def handlers():
+    """The signal handlers of the tests, put back afterwards."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with train.catch_interrupts(1) as interrupts:
+    yield before
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGTERM, before[1])
+
+
+def test_two_interrupts_end_the_program(handlers):
+    interrupts = train.catch_interrupts(1)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)
+    assert interrupts == [signal.SIGINT]
+    for second in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), second)
+            time.sleep(0.01)
+
+
+def test_interrupt_handlers_are_put_back(handlers, toy_data, tmp_path, monkeypatch):
+    """After the training the first Ctrl-C ends the program, as everywhere else."""
+    seen = []
+
+    def interrupted(run_, peak_flops, interrupts):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        seen.extend(interrupts)
+        run_.resources.close()
+        return False
+
+    monkeypatch.setattr(danube3, "train", interrupted)
+    assert call(*command(toy_data, tmp_path / "run")[1:]).returncode == 130 and seen == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_interrupts_under_torchrun(handlers):
+    """Torchrun passes one Ctrl-C on several times, and sends SIGTERM when another process has failed."""
+    interrupts = train.catch_interrupts(2)
+    for _ in range(3):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-        assert interrupts == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert set(interrupts) == {signal.SIGINT}
+    assert signal.getsignal(signal.SIGTERM) == handlers[1]
 
 
-def test_interrupts_under_torchrun():
-    """Torchrun passes one Ctrl-C on several times, and sends SIGTERM when another process has failed."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with train.catch_interrupts(2) as interrupts:
-        for _ in range(3):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-        assert set(interrupts) == {signal.SIGINT}
-        assert signal.getsignal(signal.SIGTERM) == before[1]
-    assert signal.getsignal(signal.SIGINT) == before[0]
+def test_curves_of_a_damaged_log(tmp_path):
+    """Damage in the lines that a resume keeps is named, in one line."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    with pytest.raises(danube3.DanubeError, match="metrics.jsonl, line 2, is not JSON"):
+        train.plot_curves(tmp_path, danube3.TRAIN_CONFIGS["toy"])
+
+
+def test_milestones():
+    """Every fourth step, the first of the second stage, and the last."""
+    data = SimpleNamespace(total_steps=11, stage=lambda step: "one" if step < 6 else "two")
+    runs = [SimpleNamespace(step=step, data=data, config=SimpleNamespace(save_every=4)) for step in range(12)]
+    assert [run.step for run in runs if danube3.Trainer.is_milestone(run)] == [0, 4, 6, 8, 11]
