@@ -186,14 +186,22 @@ def test_micro_batches_need_not_divide_the_batch():
 
 
 @pytest.mark.parametrize(
-    "text, tokens", [("7", 7), ("200k", 200_000), ("1.5M", 1_500_000), ("10B", 10**10), ("4T", 4 * 10**12)]
+    "text, tokens",
+    [
+        ("7", 7),
+        ("200k", 200_000),
+        ("1.5M", 1_500_000),
+        ("10B", 10**10),
+        ("4T", 4 * 10**12),
+        ("1152921T", 1_152_921 * 10**12),  # the last below 2^60
+    ],
 )
 def test_token_count(text, tokens):
     assert token_count(text) == tokens
 
 
 @pytest.mark.parametrize(
-    "text", ["", "k", "-5", "0", "1.5", "ten", "1e", "5x", "nan", "inf", "1e99999999", "10000000T", "\u00b2"]
+    "text", ["", "k", "-5", "0", "1.5", "ten", "1e", "5x", "nan", "inf", "1e99999999", "1152922T", "\u00b2"]
 )
 def test_no_token_count(text):
     with pytest.raises(argparse.ArgumentTypeError):
