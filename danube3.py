@@ -52,10 +52,10 @@ Messages = list[dict[str, str]]  # [{"role": "user", "content": ..}, ..]
 Tensors = dict[str, Tensor]  # by name
 
 class DanubeError(Exception):
-    """A mistake that the user can fix, in one line: what is wrong, and mostly a remedy."""
+    """A mistake that the user can fix, in one line."""
 
 def require(condition: object, message: str) -> None:
-    """Check input from outside (flags, files): raise DanubeError unless the condition holds."""
+    """Raise DanubeError unless a condition on outside input (flags, files) holds."""
     if not condition:
         raise DanubeError(message)
 
@@ -68,7 +68,7 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if path.is_file() and path.open("rb").read(15) == b"version https:/":
-            raise DanubeError(f"{path} is a Git-LFS pointer, not the file: run `git lfs pull`") from error
+            raise DanubeError(f"{path} is a Git-LFS pointer: run `git lfs pull`") from error
         reason = " ".join(str(error).split())[:200]
         raise DanubeError(f"{path} is missing or damaged ({reason}): copy it again") from error
 
@@ -339,24 +339,24 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
     return angles.cos(), angles.sin()
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of features by its angle. x [B, n, T, h], cos and sin [T, h/2] -> [B,
-    n, T, h]
+    """Rotate each pair of features by its angle.
+    x [B, n, T, h], cos and sin [T, h/2] -> [B, n, T, h]
 
         (a, b) -> (a cos - b sin, b cos + a sin)        a = x[i], b = x[i + h/2]
 
-    The dot product of a query at position p and a key at position s then depends only on p -
-    s. Fast pairs (i = 0: a turn in 6 tokens) show short distances, slow pairs long ones.
+    The dot product of a query at position p and a key at position s then depends only on
+    p - s. Fast pairs (i = 0: a turn in 6 tokens) show short distances, slow pairs long ones.
 
-    Trap: which features form pair i? Here, as in Llama checkpoints on Hugging Face, i and i
-    + h/2 ("half-split"). In the original paper and in Llama's GGUF files, 2i and 2i + 1
+    Trap: which features form pair i? Here, as in Llama checkpoints on Hugging Face, i and
+    i + h/2 ("half-split"). In the original paper and in Llama's GGUF files, 2i and 2i + 1
     ("interleaved"). The wrong choice runs without complaint, and the model talks
     nonsense."""
     first, second = x.chunk(2, dim=-1)  # 2 x [B, n, T, h/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(h)) v, causal. q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T,
-    h]
+    """softmax(q k^T / sqrt(h)) v, causal.
+    q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T, h]
 
     The **attention scores** q k^T say how well queries match keys. Softmax turns them into
     **attention weights**, which sum to 1. The output is the weighted sum of the values.
@@ -367,10 +367,10 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     0 and 1 read 0, heads 2 and 3 read 1: k.repeat_interleave, not k.repeat. `enable_gqa` can
     save that copy.
 
-    Trap: the queries are the last T of the S positions, so query t attends to keys 0 .. S -
-    T + t. Two new tokens after three cached ones (T = 2, S = 5) attend to 11110 and 11111.
-    `is_causal` aligns with the first key instead (10000, 11000), which is right only for S =
-    T."""
+    Trap: the queries are the last T of the S positions, so query t attends to keys
+    0 .. S - T + t. Two new tokens after three cached ones (T = 2, S = 5) attend to 11110 and 11111.
+    `is_causal` aligns with the first key instead (10000, 11000), which is right only for
+    S = T."""
     (H, T), (K, S), mask, causal = q.shape[1:3], k.shape[1:3], None, False
     if T == S and q.device.type != "mps":  # is_causal is wrong there in some versions of torch
         causal = True  # a plain bool: torch.compile may make T == S a symbol
@@ -388,8 +388,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of -log softmax(logits)[label] over all labels but IGNORE_INDEX. [N, V], [N]
-    -> []. Not the mean: train_step (section 8) divides once, by the number of labels of the
+    """The sum of -log softmax(logits)[label] over all labels but IGNORE_INDEX.
+    [N, V], [N] -> []. Not the mean: train_step (section 8) divides once, by the number of labels of the
     whole step."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -581,8 +581,8 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
 def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
                     top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
                     kv_cache: KVCache | None = None) -> Iterator[Tensor]:
-    """Continue prompts of equal length, input_ids [B, T]. Yields the next token of each,
-    [B].
+    """Continue prompts of equal length, input_ids [B, T]. Yields the next
+    token of each, [B].
 
     Temperature 0 is **greedy**: it takes the likeliest token. A sequence repeats </s> after
     its stop token. The loop ends when all have stopped, after max_new_tokens, or when the
@@ -620,8 +620,8 @@ def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, **sampling:
 
 # ==== 6. Data ===========================================================================
 #
-# Text is stored as **token shards**: files of uint16 ids, documents one after another as <s>
-# .. </s>. TokenData (data/read.py) reads them in **blocks** of T consecutive ids of one
+# Text is stored as **token shards**: files of uint16 ids, documents one after another as
+# <s> .. </s>. TokenData (data/read.py) reads them in **blocks** of T consecutive ids of one
 # source. A block may reach into the next document, and attention crosses that border [ours].
 #
 # Which blocks make up step 1,234,567? A loader that draws one by one must save its state,
@@ -695,6 +695,7 @@ class StagedData:
             self.used.append(used)
         self.blocks, self.epochs = {}, {}  # of each source; how often the whole run reads it
         for name, count in self.used[-1].items():
+            data.count_blocks(name, "val")  # an error if none
             self.blocks[name] = data.count_blocks(name, "train")
             self.epochs[name] = count / self.blocks[name]
             require(self.epochs[name] <= MAX_EPOCHS, f"source {name!r} would be read "
@@ -763,6 +764,7 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     return config.learning_rate * (final + (1 - final) * cosine)
 
 # ==== 8. Training =======================================================================
+#
 # **Mixed precision**: products are computed in bf16 or fp16; trained weights, their
 # gradients and the residual stream are fp32. bf16 has the range of fp32 and 8 bits of
 # precision. fp16 has 11 bits, but no number below 6e-8, where many gradients of activations
@@ -1160,7 +1162,8 @@ class Trainer:
         require(finite, f"the weights are not finite after step {self.step}: lower the learning rate")
         sync(self.out / "metrics.jsonl")
         with atomic_folder(self.out / f"step-{self.step:07d}") as partial:
-            if self.lora and self.base:
+            if self.lora:
+                assert self.base
                 write_adapters(partial, self.model, weights, self.base, self.run_config["base"])
             else:
                 dtype = compute_dtype(self.device)
@@ -1177,7 +1180,6 @@ class Trainer:
         folder = checkpoints_in(self.out)[-1]
         if self.rank == 0:
             verify_checksums(folder)
-            self.remove_old()
         with reading(folder / "training_state.json"):
             state = read_json(folder / "training_state.json")
             for name, value in self.run_config.items():
@@ -1190,7 +1192,7 @@ class Trainer:
             self.skipped, kept = int(state["skipped"]), int(state["log_lines"])
         tensors, stored = dict(self.tensors()), read_tensors(folder / "training_state.safetensors")
         same = tensors.keys() == stored.keys()
-        require(same, f"{folder} holds other tensors than this run has: use another --out")
+        require(same, f"{folder} holds other tensors than this run: use another --out")
         for name, tensor in tensors.items():
             full = stored[name].to(self.device)
             require(full.shape == tensor.shape and is_finite(full), f"{folder}: {name} does not fit this run")
@@ -1200,6 +1202,7 @@ class Trainer:
         if self.rank == 0:  # what was logged later will be logged again
             lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
             self.log.truncate(sum(map(len, lines[:kept])))
+            self.remove_old()
 
     def take_step(self, peak_flops: float) -> dict[str, Any]:
         """One optimizer step. -> its metrics. **MFU** (model FLOPs utilization) is the

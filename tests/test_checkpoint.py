@@ -641,7 +641,7 @@ def test_moments_of_another_kind(trained, tokenizer):
         danube3.write_tensors(folder / "training_state.safetensors", {**others, **change})
         words = f"step-0000001: {name} does not fit this run$"
         if not change:
-            words = "step-0000001 holds other tensors than this run has: use another --out"
+            words = "step-0000001 holds other tensors than this run: use another --out"
         with pytest.raises(danube3.DanubeError, match=words):
             resume(folder, tokenizer)
         assert log.read_text() == '{"step": 2}\n'
@@ -658,6 +658,18 @@ def test_resume_with_another_lora_rank(ranks, saved, tmp_path, tokenizer):
             run.resources.close()
     with pytest.raises(danube3.DanubeError, match="step-0000000: .*lora_.* does not fit this run"):
         danube3.Trainer(tmp_path / "lora", model, tokenizer, NoData(), resume=True, base=saved[0])
+
+
+def test_a_refused_resume_removes_nothing(trained, tokenizer):
+    """Neither an older checkpoint nor half of one."""
+    for name in ("step-0000000", "step-0000002.partial"):
+        shutil.copytree(trained[0], trained[0].with_name(name))
+    state = danube3.read_json(trained[0] / "training_state.json")
+    change_json(trained[0] / "training_state.json", run_config={**state["run_config"], "seed": 77})
+    before = {path: digest(path) for path in trained[0].parent.rglob("*") if path.is_file()}
+    with pytest.raises(danube3.DanubeError, match="was made with another seed"):
+        resume(trained[0], tokenizer)
+    assert before == {path: digest(path) for path in trained[0].parent.rglob("*") if path.is_file()}
 
 
 def test_no_older_checkpoint_in_place_of_a_damaged_one(trained, tokenizer):

@@ -285,7 +285,7 @@ def damage(folder, how):
         ("one id too many", "b-train-00001.bin is damaged: make the data again"),
         ("no meta", "no data at .*: make it with data/prepare.py"),
         ("broken meta", "meta.json .* damaged .*: copy it again"),
-        ("no source", r"source 'b' \(train\) is missing or too short: add text"),
+        ("no source", r"source 'b' \(val\) is missing or too short: add text"),
         ("other tokenizer", "made with another tokenizer: choose other data"),
         ("small vocabulary", "made with another tokenizer: choose other data"),
     ],
@@ -319,7 +319,7 @@ def test_checksums_of_a_data_folder(folder, monkeypatch):
 
 def test_source_shorter_than_a_sequence(tmp_path, tokenizer):
     folder = write_data(tmp_path / "tiny", tokenizer, {"a": 100, "b": 100, "c": 9})
-    with pytest.raises(danube3.DanubeError, match=r"source 'c' \(train\) is missing or too short: add text"):
+    with pytest.raises(danube3.DanubeError, match=r"source 'c' \(val\) is missing or too short: add text"):
         staged(folder)
 
 
