@@ -63,12 +63,12 @@ def require(condition: object, message: str) -> None:
 def reading(path: Path) -> Iterator[None]:
     """Turn errors of reading `path` into one line that names it."""
     try:
+        pointer = path.is_file() and path.open("rb").read(15) == b"version https:/"
+        require(not pointer, f"{path} is a Git-LFS pointer: run `git lfs pull`, or download the file")
         yield
     except (DanubeError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if path.is_file() and path.open("rb").read(15) == b"version https:/":
-            raise DanubeError(f"{path} is a Git-LFS pointer: run `git lfs pull`") from error
         reason = " ".join(str(error).split())[:200]
         raise DanubeError(f"{path} is missing or damaged ({reason}): copy it again") from error
 
@@ -936,8 +936,9 @@ def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".json
         path = folder / name
         if skip in name:
             continue
-        intact = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum)
-        require(intact, f"{path} is missing or damaged: copy the folder again")
+        with reading(path):
+            intact = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum)
+            require(intact, f"{path} is missing or damaged: copy the folder again")
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
@@ -977,6 +978,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 # The only values that Danube3 computes. config.json may omit them.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+EXPECTED = {"partial_rotary_factor": 1.0, "rope_type": "default", "quant_method": "danube3"}
 
 def read_config(folder: Path) -> DanubeConfig:
     """config.json of a Hugging Face folder. Another architecture is refused."""
@@ -985,7 +987,8 @@ def read_config(folder: Path) -> DanubeConfig:
         raw = read_json(path)
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers 5, and 4
         raw["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        for name, value in {**FIXED, "partial_rotary_factor": 1.0, "rope_type": "default"}.items():
+        raw["quant_method"] = (raw.get("quantization_config") or {}).get("quant_method", "danube3")
+        for name, value in {**FIXED, **EXPECTED}.items():
             found = raw.get(name, value)
             require(found == value, f"{path}: {name} is {found!r}: Danube3 needs {value!r}")
         heads = raw["num_attention_heads"]
@@ -1009,16 +1012,23 @@ def read_stop_ids(folder: Path, config: DanubeConfig) -> list[int]:
 
 def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     """The tokenizer of a checkpoint. One that does not fit the model is refused."""
-    path = folder / "tokenizer_config.json"
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings, added = read_json(path), read_json(folder / "added_tokens.json")
-    tokenizer = Tokenizer(folder / "tokenizer.model", bool(settings.get("add_bos_token", True)))
+    require((folder / "tokenizer.model").is_file(), f"{folder}/tokenizer.model is missing (transformers 5 "
+            "saves tokenizer.json only): copy it from the model's first folder")
+    tokenizer = Tokenizer(folder / "tokenizer.model", settings.get("add_bos_token") is not False)
     tokenizer.chat_template = settings.get("chat_template") or CHAT_TEMPLATE
+    if template.is_file():
+        with reading(template):
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
     special = (tokenizer.sp.bos_id(), tokenizer.sp.eos_id())
     fits = special == (config.bos_token_id, config.eos_token_id) and tokenizer.vocab_size <= config.vocab_size
     require(fits, f"{folder}/tokenizer.model has more tokens, or other ids of <s>, </s>: use the model's")
     with reading(path):
         for token_id, token in settings.get("added_tokens_decoder", {}).items():
             added[token["content"]] = int(token_id)
+        for token in read_json(folder / "tokenizer.json").get("added_tokens", []):
+            added[token["content"]] = token["id"]
         lacking = [token for token, token_id in added.items() if token_id >= tokenizer.vocab_size]
         require(not lacking, f"{folder}/tokenizer.model lacks {lacking}: use the model's")
     return tokenizer
@@ -1035,6 +1045,7 @@ def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: to
         "eos_token_id": model.stop_ids if len(model.stop_ids) > 1 else config.eos_token_id})
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": tokenizer.add_bos,
+        "add_prefix_space": tokenizer.sp.normalize("a") != "a",
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
         "model_max_length": config.max_position_embeddings, "chat_template": tokenizer.chat_template})
     (folder / "tokenizer.model").write_bytes(tokenizer.content)
@@ -1046,11 +1057,19 @@ def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer,
         write_settings(partial, model, tokenizer, dtype)
         write_tensors(partial / "model.safetensors", model.state_dict(), dtype)
 
+def require_weights(path: Path) -> None:
+    """Refuse a folder without this file of weights, and say what it has instead."""
+    found = [*path.parent.glob("*.bin"), *path.parent.glob("*.pt*"), *path.parent.glob("*.safetensors")]
+    names = ", ".join(map(os.path.basename, found)) or "nothing else"
+    require(path.is_file(), f"{path} is missing. Found: {names:.150}. Pickle files (.bin) can run code: "
+            "open such a model with transformers or peft, and write it with save_pretrained")
+
 def read_weights(folder: Path) -> Tensors:
     """All weights, from one safetensors file or those that an index names, mapped into memory."""
     files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     single = (folder / files[0]).is_file()
-    require(single or index.is_file(), f"{folder} has no {files[0]}; convert pickle files (.bin) to it")
+    if not index.is_file():
+        require_weights(folder / files[0])
     if single and index.is_file():  # transformers ignores such an index too
         print(f"{index} is ignored: {files[0]} is there", file=sys.stderr)
     elif not single:
@@ -1398,6 +1417,7 @@ def adapter_base(folder: Path) -> Path:
 def load_adapters(model: Danube3, folder: Path) -> Danube3:
     """Put a folder's adapters on the linear layers they were trained for."""
     path, linears, weights = folder / "adapter_config.json", decoder_linears(model), {}
+    require_weights(folder / "adapter_model.safetensors")
     for name, weight in read_tensors(folder / "adapter_model.safetensors").items():
         require(is_finite(weight), f"{folder}: {name} is not finite: take an earlier checkpoint")
         weights[name.removeprefix(PEFT_PREFIX)] = weight
@@ -1615,7 +1635,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         model = use_quantized_modules(Danube3(config), weights)
         widest = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     if dtype is None:  # as config.json says, otherwise a type that holds all stored ones
-        dtype = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")), widest)
+        name = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
+        dtype = DTYPES.get(name, widest)
         if raw.get("quantization_config"):
             dtype = compute_dtype(torch.device(device))
     for name, weight in weights.items():

@@ -170,9 +170,6 @@ def empty_model(source: Path) -> Danube3:
     model.stop_ids = danube3.read_stop_ids(source, config)
     return model
 
-def is_quantized(folder: Path) -> bool:
-    return bool(danube3.read_json(folder / "config.json").get("quantization_config"))
-
 def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Tensor, Tensor]],
                     part_bytes: int = 2**29) -> list[Quantized]:
     """Quantize a checkpoint into the folder `out`, tensor by tensor. -> one line per tensor
@@ -186,10 +183,6 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
     model, report = empty_model(source), []
     tokenizer = danube3.read_tokenizer(source, model.config)
     needed = danube3.count_parameters(model.config) * (bits + 1) / 8
-    existing = next(parent for parent in [*out.absolute().parents, Path()] if parent.exists())
-    free = shutil.disk_usage(existing).free
-    require(free >= needed,
-            f"{out} needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} are free: make room on the disk")
 
     def quantized() -> Iterator[tuple[str, Tensor]]:
         for name, weight in checked_weights(source, model).items():
@@ -213,6 +206,8 @@ def quantize_folder(source: Path, out: Path, bits: int, done: dict[str, tuple[Te
             yield f"{module}.scales", scales
 
     with danube3.atomic_folder(out) as partial:
+        free = shutil.disk_usage(partial).free
+        require(free >= needed, f"{out} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} are free: make room")
         how = {"quant_method": "danube3", "bits": scheme, "group_size": GROUP}
         danube3.write_settings(partial, model, tokenizer, torch.float32, quantization_config=how)
         write_in_parts(partial, quantized(), part_bytes)
@@ -264,6 +259,7 @@ def gguf_tensors(source: Path, names: Any) -> Iterator[tuple[str, np.ndarray, st
 
 def describe_for_gguf(writer: Any, model: Danube3, tokenizer: Tokenizer) -> None:
     """The sizes of the model and the pieces of its tokenizer. `writer` is a gguf.GGUFWriter."""
+    require(len({*model.stop_ids, model.config.eos_token_id}) < 3, "GGUF cannot hold three stop tokens")
     c, sp, linear = model.config, tokenizer.sp, model.model.layers[0].get_submodule("mlp.up_proj")
     writer.add_quantization_version(2)
     writer.add_file_type({None: 1, 8: 7, 4: 2}[getattr(linear, "bits", None)])  # F16, Q8_0, Q4_0
@@ -279,16 +275,19 @@ def describe_for_gguf(writer: Any, model: Danube3, tokenizer: Tokenizer) -> None
     writer.add_key_length(c.head_dim)
     writer.add_value_length(c.head_dim)
     writer.add_vocab_size(c.vocab_size)
-    tokens, scores, kinds = [], [], []
-    for i in range(c.vocab_size):
-        if i >= sp.vocab_size():  # a model's vocabulary may be padded
-            tokens.append(f"<unused{i}>")
-            scores.append(0.0)
-            kinds.append(5)
-            continue
-        tokens.append(sp.id_to_piece(i))
-        scores.append(sp.get_score(i))
-        kinds.append(2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1)
+    pieces: list[tuple[str, float, int]] = []
+    for i in range(sp.vocab_size()):
+        kind = 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
+        pieces.append((sp.id_to_piece(i), sp.get_score(i), kind))
+    for i in range(sp.vocab_size(), c.vocab_size):  # a model's vocabulary may be padded
+        pieces.append((f"<unused{i}>", 0.0, 5))
+    tokens, scores, kinds = zip(*pieces)
+    # llama.cpp knows BPE only, whose scores are whole numbers, all different, and no normalization.
+    probe = "\ufb01  \u00bd\t "
+    unchanged = sp.normalize(probe).removeprefix("\u2581") == probe.replace(" ", "\u2581")
+    ranks = [score for score, kind in zip(scores, kinds) if kind == 1]
+    require(unchanged and np.allclose(ranks, np.round(ranks), 0, 0) and ranks.count(0) < 2, "GGUF cannot "
+            "hold this tokenizer: it is unigram, normalizes text, or has user-defined pieces")
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
@@ -298,7 +297,9 @@ def describe_for_gguf(writer: Any, model: Danube3, tokenizer: Tokenizer) -> None
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(c.pad_token_id)
     writer.add_add_bos_token(tokenizer.add_bos)
-    writer.add_add_space_prefix(True)
+    writer.add_add_space_prefix(sp.normalize("a") != "a")
+    for token_id in set(model.stop_ids) - {c.eos_token_id}:
+        writer.add_eot_token_id(token_id)
     writer.add_chat_template(tokenizer.chat_template)
 
 def write_gguf(source: Path, path: Path) -> None:
@@ -406,10 +407,9 @@ def check(source: Path, args: argparse.Namespace) -> None:
     """Refuse what could not end well, before hours of work."""
     require(not (source / "adapter_config.json").is_file(),
             f"{source} holds adapters: merge them into their base, with train.py --merge, and quantize that")
-    require(not (args.out and args.out.exists()),
-            f"{args.out} already exists: remove it first, or choose another --out")
-    require(not (args.out and is_quantized(source)),
-            f"{source} is quantized already: quantize the folder it was made from")
+    require(not (args.out and args.out.exists()), f"{args.out} already exists: choose another --out")
+    quantized = danube3.read_json(source / "config.json").get("quantization_config")
+    require(not (args.out and quantized), f"{source} is quantized already: take what it was made from")
     if args.report:
         config = danube3.read_config(source)
         tokenizer = danube3.read_tokenizer(source, config)

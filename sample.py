@@ -278,7 +278,7 @@ def evaluate(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> dict[str
     """Evaluate on questions (.jsonl), on the validation part of a data folder, or on a text file."""
     if Path(path).is_dir():
         return loss_per_source(model, tokenizer, path)
-    if not str(path).endswith(".jsonl"):
+    if Path(path).suffix.lower() not in (".jsonl", ".json"):
         return text_perplexity(model, tokenizer, read_text(path))
     questions = read_jsonl(path)
     try:
@@ -311,7 +311,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=list(danube3.DTYPES), help="type of the weights [as stored]")
     parser.add_argument("--chat", action="store_true", help="chat: each line of standard input is a question")
-    parser.add_argument("--eval", metavar="PATH", help="evaluate on questions (.jsonl), a text file "
+    parser.add_argument("--eval", metavar="PATH", help="evaluate on questions (.jsonl, .json), a text file "
                         "(perplexity) or a data folder (loss of each source)")
     parser.add_argument("--json", metavar="FILE", help="with --eval: write the results here too")
     args = parser.parse_intermixed_args()
@@ -355,12 +355,13 @@ def respond(session: ChatSession, line: str) -> None:
 def chat(session: ChatSession) -> None:
     """Read questions from standard input, one per line, and print the answers."""
     require(sys.stdin is not None, "--chat reads questions from standard input, which is closed: open it")
-    interactive = sys.stdin.isatty()
+    interactive, prompt = sys.stdin.isatty(), ""
     if interactive:
+        prompt = "> "
         print("/reset starts anew, /save FILE appends the conversation, Ctrl-C stops an answer, Ctrl-D quits")
     while True:
         try:
-            respond(session, input("> " if interactive else "").strip())
+            respond(session, input(prompt).removeprefix("\ufeff").strip())
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -390,19 +391,19 @@ def main() -> None:
     device, dtype = pick_device(args.device), danube3.DTYPES.get(args.dtype)
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    if "<|prompt|>" not in str(tokenizer.chat_template) and not args.prompt:
+        print("warning: the model has another chat template; Danube3's is used here", file=sys.stderr)
     if args.eval:
         results = evaluate(model, tokenizer, args.eval)
         print(as_table(results))
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
     elif args.chat:
-        if "<|prompt|>" not in str(tokenizer.chat_template):
-            print("warning: this model has another chat template than Danube3's", file=sys.stderr)
         chat(ChatSession(model, tokenizer, args.max_new_tokens, **sampling))
     else:
         prompt = args.prompt
         if prompt == "-":
-            prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+            prompt = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
         complete(model, tokenizer, prompt, args.max_new_tokens, **sampling)
 
 if __name__ == "__main__":

@@ -396,6 +396,7 @@ def fine_tuning(args: argparse.Namespace, base: Path, start: str,
             f"{base} holds adapters: --lora needs a whole model (--merge writes one)")
     dtype = danube3.compute_dtype(device) if args.lora else torch.float32
     model, tokenizer = danube3.load_checkpoint(base, start, dtype)
+    tokenizer.add_bos, tokenizer.chat_template = False, danube3.CHAT_TEMPLATE  # as in render_chat
     conversations = read.read_conversations(args.chat, bool(args.system))
     fingerprint = {"chat": danube3.file_sha256(args.chat), "fold_system": args.system, "lora": args.lora}
     training = adjust(sft_config(model.config, bool(args.lora)), args)

@@ -114,17 +114,19 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a file with one JSON object per line; empty lines are skipped."""
-    objects = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    """The objects of a file: one per line, or one array. Empty lines and null fields are left out."""
+    text, objects = read_text(path), []
+    is_array = text.lstrip().startswith("[")
+    for number, line in enumerate([text] if is_array else text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DanubeError(f"{path}, line {number}, is not JSON ({error}): fix or remove it") from error
-        require(isinstance(value, dict), f"{path}, line {number}, is not a JSON object: fix or remove it")
-        objects.append(value)
+        for item in value if is_array else [value]:
+            require(isinstance(item, dict), f"{path}, line {number}, is not a JSON object: fix or remove it")
+            objects.append({name: field for name, field in item.items() if field is not None})
     require(objects, f"{path} is empty: it should hold JSON objects, one per line")
     return objects
 

@@ -435,7 +435,7 @@ def test_checkpoints_run_no_code(tmp_path, tokenizer):
         open_()
     torch.save({"lm_head.weight": Hostile()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(danube3.DanubeError, match=r"has no model.safetensors; convert pickle files .\.bin. to it"):
+    with pytest.raises(danube3.DanubeError, match=r"model.safetensors is missing. Found: pytorch_model.bin"):
         danube3.load_checkpoint(folder)
     assert not (tmp_path / "owned").exists()
 

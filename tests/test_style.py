@@ -29,7 +29,7 @@ def test_mypy_is_given_every_program():
 
 
 # Lines of each file, at most.
-LINES = {"danube3.py": 1_650, "train.py": 480, "sample.py": 450, "quantize.py": 450, "read.py": 250}
+LINES = {"danube3.py": 1_750, "train.py": 480, "sample.py": 450, "quantize.py": 450, "read.py": 250}
 SHORT = [path for path in PROGRAMS if path.name in LINES]  # prepare.py, toy.py, experiment.py are still wider
 DENSE = (ast.IfExp, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.NamedExpr, ast.Lambda)
 
@@ -53,7 +53,7 @@ def test_length_and_density(path):
 
 def test_danube3_is_narrow():
     lines = [line for line in TEXT.splitlines() if line.strip()]
-    assert sum(map(len, lines)) / len(lines) <= 62 and len(TEXT.encode()) <= 90_000
+    assert sum(map(len, lines)) / len(lines) <= 62 and len(TEXT.encode()) <= 95_000
 
 
 def body_lines(node):
