@@ -900,10 +900,13 @@ def file_sha256(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
-    with contextlib.suppress(PermissionError):  # Windows opens no folders
+    try:
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+    except OSError:  # Windows and some network disks sync no folders
+        if path.is_file():
+            raise
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -912,9 +915,13 @@ def locked(path: Path) -> Iterator[None]:
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError as error:
+        os.close(handle)
         raise DanubeError(f"{path} is in use by another program: wait, or use another") from error
+    except OSError:
+        pass  # a network disk without locks
+    try:
+        yield
     finally:
         os.close(handle)
 
@@ -932,13 +939,14 @@ def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".json
     sums = folder / "SHA256SUMS"
     lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
     for line in lines:
-        checksum, _, name = line.partition("  ")
-        path = folder / name
+        checksum, _, name = line.partition(" ")
+        path = folder / name[1:]  # after " ", or "*" for binary
         if skip in name:
             continue
         with reading(path):
             intact = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum)
-            require(intact, f"{path} is missing or damaged: copy the folder again")
+            require(intact, f"{path} is missing or damaged, says SHA256SUMS: copy the folder again (or "
+                    "remove the line there if you changed the file)")
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
@@ -961,7 +969,8 @@ def write_tensors(path: Path, tensors: Tensors, dtype: torch.dtype | None = None
     """Write a safetensors file, its tensors in `dtype` (default: each in its own)."""
     converted = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(converted, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors lets nobody else read
+    with contextlib.suppress(PermissionError):
+        path.chmod(0o644)  # safetensors lets nobody else read
 
 def read_tensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, mapped into memory: only what is used is read."""
@@ -978,7 +987,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 # The only values that Danube3 computes. config.json may omit them.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-EXPECTED = {"partial_rotary_factor": 1.0, "rope_type": "default", "quant_method": "danube3"}
 
 def read_config(folder: Path) -> DanubeConfig:
     """config.json of a Hugging Face folder. Another architecture is refused."""
@@ -986,19 +994,18 @@ def read_config(folder: Path) -> DanubeConfig:
     with reading(path):
         raw = read_json(path)
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers 5, and 4
-        raw["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        raw["quant_method"] = (raw.get("quantization_config") or {}).get("quant_method", "danube3")
-        for name, value in {**FIXED, **EXPECTED}.items():
+        raw = {**raw, **rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+        for name, value in {**FIXED, "partial_rotary_factor": 1.0, "rope_type": "default"}.items():
             found = raw.get(name, value)
             require(found == value, f"{path}: {name} is {found!r}: Danube3 needs {value!r}")
         heads = raw["num_attention_heads"]
         values = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // max(1, heads),
-                  "rope_theta": rope.get("rope_theta", 1e4), "initializer_range": 0.02,
-                  "rms_norm_eps": 1e-6, "max_position_embeddings": 2_048}  # transformers' defaults
+                  "rope_theta": 1e4, "initializer_range": 0.02, "rms_norm_eps": 1e-6,
+                  "max_position_embeddings": 2_048}  # transformers' defaults
         for field in fields(DanubeConfig):
             value = raw.get(field.name)
-            if isinstance(value, list):  # several end tokens: see read_stop_ids
-                value = value[0]
+            if isinstance(value, list):  # several end tokens (see read_stop_ids): </s> is the lowest
+                value = min(value)
             if value not in (None, -1):  # -1: none
                 values[field.name] = value
         return DanubeConfig(**values)
@@ -1014,9 +1021,12 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     """The tokenizer of a checkpoint. One that does not fit the model is refused."""
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings, added = read_json(path), read_json(folder / "added_tokens.json")
+    fast = read_json(folder / "tokenizer.json")  # transformers' own form of the tokenizer
     require((folder / "tokenizer.model").is_file(), f"{folder}/tokenizer.model is missing (transformers 5 "
             "saves tokenizer.json only): copy it from the model's first folder")
-    tokenizer = Tokenizer(folder / "tokenizer.model", settings.get("add_bos_token") is not False)
+    tokenizer = Tokenizer(folder / "tokenizer.model", "<s>" in str(fast.get("post_processor", "<s>")))
+    if settings.get("add_bos_token") is not None:
+        tokenizer.add_bos = bool(settings["add_bos_token"])
     tokenizer.chat_template = settings.get("chat_template") or CHAT_TEMPLATE
     if template.is_file():
         with reading(template):
@@ -1027,10 +1037,11 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     with reading(path):
         for token_id, token in settings.get("added_tokens_decoder", {}).items():
             added[token["content"]] = int(token_id)
-        for token in read_json(folder / "tokenizer.json").get("added_tokens", []):
+        for token in fast.get("added_tokens", []):
             added[token["content"]] = token["id"]
-        lacking = [token for token, token_id in added.items() if token_id >= tokenizer.vocab_size]
-        require(not lacking, f"{folder}/tokenizer.model lacks {lacking}: use the model's")
+        for token, token_id in added.items():
+            known = token_id < tokenizer.vocab_size and tokenizer.sp.id_to_piece(token_id) == token
+            require(known, f"{folder}/tokenizer.model lacks {token!r}: use the model's")
     return tokenizer
 
 def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: torch.dtype,
@@ -1066,7 +1077,7 @@ def require_weights(path: Path) -> None:
 
 def read_weights(folder: Path) -> Tensors:
     """All weights, from one safetensors file or those that an index names, mapped into memory."""
-    files, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    files, index, weight_map = ["model.safetensors"], folder / "model.safetensors.index.json", {}
     single = (folder / files[0]).is_file()
     if not index.is_file():
         require_weights(folder / files[0])
@@ -1074,12 +1085,17 @@ def read_weights(folder: Path) -> Tensors:
         print(f"{index} is ignored: {files[0]} is there", file=sys.stderr)
     elif not single:
         with reading(index):
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            weight_map = read_json(index)["weight_map"]
+            files = sorted(set(weight_map.values()))
             inside = files == [Path(file).name for file in files]
             require(inside, f"{index} names files outside its folder")
     weights: Tensors = {}
     for file in files:
         for name, weight in read_tensors(folder / file).items():
+            if weight_map.get(name, file) != file:  # an old copy
+                continue
+            require(weight.is_floating_point() and weight.itemsize > 1 or name.endswith(".codes"),
+                    f"{folder}: {name} is {weight.dtype}: take the model before it was quantized")
             name = name.replace("_orig_mod.", "").removeprefix("module.")  # from torch.compile, from DDP
             if not name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
                 weights[name] = weight
@@ -1090,7 +1106,7 @@ def read_weights(folder: Path) -> Tensors:
     return weights
 
 def weights_sha256(folder: Path) -> str:
-    checksums = "".join(file_sha256(path) for path in sorted(folder.glob("*model*.safetensors")))
+    checksums = "".join(file_sha256(path) for path in sorted(folder.glob("model*.safetensors")))
     return hashlib.sha256(checksums.encode()).hexdigest()
 
 def is_finite(tensor: Tensor) -> bool:
@@ -1390,7 +1406,7 @@ def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
 PEFT_PREFIX = "base_model.model."  # of tensor names in peft's files
 # Fields of adapter_config.json that must be empty, or peft computes otherwise.
 NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
-             "alora_invocation_tokens")
+             "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "lora_bias")
 
 def write_adapters(folder: Path, model: Danube3, weights: Tensors, base: Path,
                    base_sha256: str) -> None:
@@ -1419,8 +1435,8 @@ def load_adapters(model: Danube3, folder: Path) -> Danube3:
     path, linears, weights = folder / "adapter_config.json", decoder_linears(model), {}
     require_weights(folder / "adapter_model.safetensors")
     for name, weight in read_tensors(folder / "adapter_model.safetensors").items():
-        require(is_finite(weight), f"{folder}: {name} is not finite: take an earlier checkpoint")
-        weights[name.removeprefix(PEFT_PREFIX)] = weight
+        require(is_finite(weight.float()), f"{folder}: {name} is not finite: take an earlier checkpoint")
+        weights[name.removeprefix(PEFT_PREFIX).replace(".default.", ".")] = weight
     with reading(path):
         config = read_json(path)
         plain = config["peft_type"] == "LORA" and not any(map(config.get, NOT_PLAIN))
@@ -1432,7 +1448,8 @@ def load_adapters(model: Danube3, folder: Path) -> Danube3:
         for name in {name.partition(".lora_")[0] for name in weights}:
             model.set_submodule(name, LoRALinear(linears[name], rank, alpha).to(model.device))
         adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
-        require(weights.keys() == adapters, f"{folder} does not fit the base it names: copy both again")
+        fits = bool(weights) and weights.keys() == adapters
+        require(fits, f"{folder} does not fit the base it names: copy both again")
         model.load_state_dict(weights, strict=False)
     return model
 
@@ -1628,6 +1645,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
     folder = find_checkpoint(path)
     verify_checksums(folder, skip="training_state")
     if (folder / "adapter_config.json").is_file():
+        alone = not (folder / "model.safetensors").is_file()
+        require(alone, f"{folder} holds adapters and a whole model: move one to another folder")
         model, tokenizer = load_checkpoint(adapter_base(folder), device, dtype, pack)
         return load_adapters(model, folder).eval(), tokenizer
     config, raw, weights = read_config(folder), read_json(folder / "config.json"), read_weights(folder)
@@ -1640,10 +1659,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
         if raw.get("quantization_config"):
             dtype = compute_dtype(torch.device(device))
     for name, weight in weights.items():
-        require(weight.is_floating_point() or name.endswith("codes"), f"{folder}: {name} is {weight.dtype}")
         # copy: a mapped file has another alignment, which can change the last bits of a product
         weights[name] = weight.to(device, dtype if name.endswith("weight") else None, copy=True)
-        require(is_finite(weights[name]), f"{folder}: {name} is not finite as {dtype}: use another type")
+        finite = is_finite(weights[name])
+        require(finite, f"{folder}: {name} is not finite as {dtype}: use another type, or older weights")
     with reading(folder):
         model.load_state_dict(weights, assign=True)
     model.stop_ids = read_stop_ids(folder, config)

@@ -408,7 +408,7 @@ def check(source: Path, args: argparse.Namespace) -> None:
     require(not (source / "adapter_config.json").is_file(),
             f"{source} holds adapters: merge them into their base, with train.py --merge, and quantize that")
     require(not (args.out and args.out.exists()), f"{args.out} already exists: choose another --out")
-    quantized = danube3.read_json(source / "config.json").get("quantization_config")
+    quantized = any(name.endswith(".codes") for name in danube3.read_weights(source))
     require(not (args.out and quantized), f"{source} is quantized already: take what it was made from")
     if args.report:
         config = danube3.read_config(source)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def choice_log_likelihoods(model: Danube3, tokenizer: Tokenizer, questions: list
             choices = question.get("choices", [])
             are_texts = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
             require(are_texts and choices, 'it lacks a list of "choices"')
+            require(len(set(choices)) == len(choices), "two of its choices are the same")
             require("messages" in question or isinstance(question.get("prompt"), str), 'it lacks a "prompt"')
             if "messages" in question:
                 check_question(question)
@@ -205,7 +207,7 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     for number, question in enumerate(questions, start=1):
         choices, answer = question.get("choices"), question.get("answer")
         require(isinstance(choices, list) and type(answer) is int and answer in range(len(choices)),
-                f'question {number} lacks an "answer", the index of the right one of its "choices"')
+                f'question {number}: {answer!r} is no "answer", the index of one of its "choices"')
     right, chance = [], []
     for question, scores in zip(questions, choice_log_likelihoods(model, tokenizer, questions)):
         per_character = [score / len(choice) for score, choice in zip(scores, question["choices"])]
@@ -256,6 +258,8 @@ def greedy_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[lis
                 answers[number] = tokenizer.decode(ids[:end])[len(tokenizer.decode(prompt)):], end < len(ids)
     return [answers[number] for number in range(len(conversations))]
 
+LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word; Chinese and Japanese have no spaces between words
+
 def generative_evaluation(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
     """Greedy answers to {"messages", "answer"}: the share that contain the right one as words, by turn, and
     the share that end with a stop token."""
@@ -263,12 +267,13 @@ def generative_evaluation(model: Danube3, tokenizer: Tokenizer, questions: list[
         with numbered(number):
             check_question(question)
             answer = question.get("answer")
-            require(isinstance(answer, str) and answer, 'its "answer" must be text')
+            require(isinstance(answer, str) and answer.strip(), 'its "answer" must be text')
     answers = greedy_answers(model, tokenizer, [question["messages"] for question in questions])
     right: dict[int, list[bool]] = {}
     for question, (text, _) in zip(questions, answers):
         turn = (len(question["messages"]) + 1) // 2
-        found = re.search(rf"(?<!\w){re.escape(question['answer'])}(?!\w)", text)
+        answer = re.escape(unicodedata.normalize("NFC", question["answer"]))
+        found = re.search(f"(?<!{LETTER}){answer}(?!{LETTER})", unicodedata.normalize("NFC", text))
         right.setdefault(turn, []).append(bool(found))
     shares = {f"right in turn {turn}": sum(each) / len(each) for turn, each in sorted(right.items())}
     return {"questions": len(questions), **shares,
@@ -278,11 +283,11 @@ def evaluate(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> dict[str
     """Evaluate on questions (.jsonl), on the validation part of a data folder, or on a text file."""
     if Path(path).is_dir():
         return loss_per_source(model, tokenizer, path)
-    if Path(path).suffix.lower() not in (".jsonl", ".json"):
+    if Path(path).suffix.lower() not in (".jsonl", ".json", ".ndjson"):
         return text_perplexity(model, tokenizer, read_text(path))
     questions = read_jsonl(path)
     try:
-        if "label" in questions[0]:
+        if "label" in questions[0] and "messages" not in questions[0]:
             return classification(model, tokenizer, questions)
         if "messages" in questions[0] and "choices" not in questions[0]:
             return generative_evaluation(model, tokenizer, questions)
@@ -403,7 +408,8 @@ def main() -> None:
     else:
         prompt = args.prompt
         if prompt == "-":
-            prompt = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+            text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+            prompt = text.replace("\r\n", "\n").removesuffix("\n")
         complete(model, tokenizer, prompt, args.max_new_tokens, **sampling)
 
 if __name__ == "__main__":

@@ -111,7 +111,10 @@ def read_text(path: str | Path) -> str:
     """A text file, whole, without a byte order mark."""
     require(Path(path).is_file(), f"{path} does not exist, or is no file")
     with reading(Path(path)):
-        return Path(path).read_text(encoding="utf-8-sig")
+        try:
+            return Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DanubeError(f"{path} is not UTF-8 text ({error}): convert or unpack it") from error
 
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a file: one per line, or one array. Empty lines and null fields are left out."""
@@ -130,6 +133,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
     require(objects, f"{path} is empty: it should hold JSON objects, one per line")
     return objects
 
+NOT_TEXT = ("tool_calls", "function_call", "reasoning_content")  # of messages by other programs
+
 def check_turns(messages: object, fold_system: bool = False) -> Messages:
     """The messages of a conversation, if user and assistant take turns, the user first.
 
@@ -142,19 +147,23 @@ def check_turns(messages: object, fold_system: bool = False) -> Messages:
         system, user, *rest = messages
         require(isinstance(system.get("content"), str) and isinstance(user.get("content"), str),
                 "the system message, or the user's after it, has no text as its content")
-        messages = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+        folded = f"{system['content']}\n\n{user['content']}" if system["content"].strip() else user["content"]
+        messages = [{**user, "content": folded}, *rest]
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[i % 2]
         require(message.get("role") != "system", "System role not supported: remove it, or train with "
                 "--system fold, which puts its text in front of the first user message")
         require(isinstance(message.get("content"), str), f"message {i + 1} has no text as its content")
+        learnt = message.get("weight", 1) and message.get("train", True)
+        require(learnt and not any(map(message.get, NOT_TEXT)), f"message {i + 1} is not to be learnt, or is "
+                "more than text (tool calls, reasoning): remove it, or what is not text")
         require(message.get("role") == expected, f"message {i + 1} has the role {message.get('role')!r} "
                 f"where {expected!r} must come: user and assistant take turns, the user first")
     return messages
 
 def conversation_of(item: dict) -> object:
     """The messages of a line: {"messages": [..]}, or {"text": .., "label": ..} as question and answer."""
-    if "label" not in item:
+    if "messages" in item or "label" not in item:
         return item.get("messages")
     return [{"role": "user", "content": item.get("text")}, {"role": "assistant", "content": item["label"]}]
 

@@ -283,7 +283,7 @@ def test_added_tokens(file, saved):
     add("</s>", 2)
     danube3.load_checkpoint(folder)
     add("<|image|>", 330)
-    with pytest.raises(danube3.DanubeError, match=r"tokenizer.model lacks \['<.image.>'\]: use the model's"):
+    with pytest.raises(danube3.DanubeError, match="tokenizer.model lacks '<.image.>': use the model's"):
         danube3.load_checkpoint(folder)
 
 
@@ -536,13 +536,13 @@ def test_multiple_choice_by_hand(saved):
         ({"messages": ["x"], "choices": ["x"]}, 'question 1: "messages" must be a list'),
         ({"messages": [], "choices": ["x"]}, 'question 1: "messages" must be a list'),
         ({"messages": [*user, {"role": "assistant", "content": "y"}], "choices": ["x"]}, "must end with the user"),
-        ({"prompt": "x", "choices": ["x"], "answer": True}, 'lacks an "answer"'),
+        ({"prompt": "x", "choices": ["x"], "answer": True}, 'True is no "answer"'),
     ):
         with pytest.raises(danube3.DanubeError, match=words):
             sample.multiple_choice(model, tokenizer, [{"answer": 0, **question}])
-    with pytest.raises(danube3.DanubeError, match='question 2 lacks an "answer"'):
+    with pytest.raises(danube3.DanubeError, match='question 2: .* is no "answer"'):
         sample.multiple_choice(model, tokenizer, [questions[0], {**questions[1], "answer": 3}])
-    with pytest.raises(danube3.DanubeError, match='question 1 lacks an "answer"'):
+    with pytest.raises(danube3.DanubeError, match='question 1: .* is no "answer"'):
         sample.multiple_choice(model, tokenizer, [{**questions[0], "choices": 5}])
 
 
@@ -698,7 +698,7 @@ def test_a_checkpoint_without_training_state(trained, tokenizer):
 
 def test_a_damaged_training_state_is_noticed(trained, tokenizer):
     flip_byte(trained[0] / "training_state.safetensors")
-    with pytest.raises(danube3.DanubeError, match="training_state.safetensors is missing or damaged: copy"):
+    with pytest.raises(danube3.DanubeError, match="training_state.safetensors is missing or damaged, says SHA"):
         resume(trained[0], tokenizer)
 
 

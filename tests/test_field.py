@@ -1,5 +1,5 @@
 """Files and folders as people have them, after public bug reports of similar programs: what each program makes of
-them. The rows of the first eighteen are numbered as in the project's list."""
+them. The first eighteen are numbered; the reports of the others are named in their tests."""
 
 import dataclasses
 import io
@@ -16,6 +16,7 @@ from conftest import SENTENCES, TINY, call, one_line_error, random_model
 
 import danube3
 import quantize
+import sample
 from data import read
 
 EVEN = dataclasses.replace(TINY, hidden_size=64, intermediate_size=96, head_dim=16)  # can be quantized
@@ -162,7 +163,7 @@ def test_transformers_and_back(folder):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(again)
     AutoTokenizer.from_pretrained(folder).save_pretrained(again)
     if not (again / "tokenizer.model").exists():
-        with pytest.raises(danube3.DanubeError, match="tokenizer.model is missing .transformers 5 saves tokenizer.json"):
+        with pytest.raises(danube3.DanubeError, match="tokenizer.model is missing .transformers 5 saves"):
             danube3.load_checkpoint(again)
         shutil.copy(folder / "tokenizer.model", again)
     model, tokenizer = danube3.load_checkpoint(again)
@@ -269,7 +270,7 @@ def test_row_4_added_tokens(program, file, folder):
         "tokenizer.json": {"added_tokens": [known, entry]},
     }
     danube3.write_json(folder / file, contents[file])
-    refused_by(program, folder, "tokenizer.model lacks ['<|im_start|>']: use the model's")
+    refused_by(program, folder, "tokenizer.model lacks '<|im_start|>': use the model's")
 
 
 @pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json", "a list"])
@@ -539,3 +540,241 @@ def test_row_17_names_from_compiled_and_wrapped_models(program, prefix, folder):
     assert PROGRAMS[program](folder).returncode == 0
     model, _ = danube3.load_checkpoint(folder)
     assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
+
+
+# ---- More inputs, each after a public report
+
+
+def logits_of(folder):
+    with torch.no_grad():
+        return danube3.load_checkpoint(folder, dtype=torch.float32)[0](torch.arange(3, 12)[None])
+
+
+@pytest.mark.parametrize("inner", ["rope_parameters", "rope_scaling"])
+def test_two_different_rope_thetas(inner, folder):
+    """DeepSpeed 8345: a configuration of an older form beside one of transformers 5. The inner value counts."""
+    from transformers import AutoModelForCausalLM
+
+    rope = {"rope_theta": 1e5, "rope_type": "default"}
+    change_json(folder / "config.json", rope_theta=1e4, **{inner: rope})
+    assert danube3.read_config(folder).rope_theta == 1e5
+    if inner == "rope_parameters":
+        with torch.no_grad():
+            theirs = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(3, 12)[None]).logits
+        assert (logits_of(folder) - theirs).abs().max() < 1e-4
+
+
+def test_the_index_says_which_copy_counts(folder):
+    """vllm 54230: a tensor in two shards is read from the one that the index names."""
+    weights = weights_of(folder)
+    old = {"lm_head.weight": weights["lm_head.weight"] + 1, "model.norm.weight": weights["model.norm.weight"]}
+    first = {name: weight for name, weight in weights.items() if name != "model.norm.weight"}
+    for name, part in (("a", first), ("b", old)):
+        danube3.write_tensors(folder / f"{name}.safetensors", part)
+    names = {**dict.fromkeys(weights, "a.safetensors"), "model.norm.weight": "b.safetensors"}
+    danube3.write_json(folder / "model.safetensors.index.json", {"weight_map": names})
+    (folder / "model.safetensors").unlink()
+    model, _ = danube3.load_checkpoint(folder)
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in weights.items())
+
+
+@pytest.fixture
+def adapters(folder):
+    out = folder.parent / "adapters"
+    flags = ("--chat", folder.parent / "chat.jsonl", "--init", folder, "--lora", 4, "--learning-rate", 0.1)
+    assert call("train.py", *flags, "--out", out).returncode == 0
+    adapters = danube3.find_checkpoint(out)
+    (adapters / "SHA256SUMS").unlink()
+    return adapters
+
+
+def test_adapters_without_tensors(adapters):
+    """alpaca-lora 446: an adapter file of 443 bytes. It would answer as its base does."""
+    danube3.write_tensors(adapters / "adapter_model.safetensors", {})
+    assert "does not fit the base it names" in one_line_error(PROGRAMS["complete"](adapters))
+
+
+def test_adapters_beside_a_whole_model(adapters, folder):
+    """peft 1381, trl 2707: a merged model saved where its adapters are. It is not applied twice."""
+    for path in folder.iterdir():
+        shutil.copy(path, adapters)
+    assert "holds adapters and a whole model" in one_line_error(PROGRAMS["complete"](adapters))
+
+
+def test_adapters_with_the_name_that_peft_gives_in_memory(adapters):
+    """peft 2699: `lora_A.default.weight`."""
+    path = adapters / "adapter_model.safetensors"
+    expected = logits_of(adapters)
+    renamed = {name.replace(".weight", ".default.weight"): w for name, w in safetensors.torch.load_file(path).items()}
+    danube3.write_tensors(path, renamed)
+    assert torch.equal(logits_of(adapters), expected)
+
+
+@pytest.mark.parametrize("field", ["trainable_token_indices", "layer_replication", "lora_bias"])
+def test_adapters_of_another_kind(field, adapters):
+    """vllm 36501: peft computes something else where these are set."""
+    change_json(adapters / "adapter_config.json", **{field: [1, 2]})
+    assert "is not plain LoRA: merge those adapters" in one_line_error(PROGRAMS["complete"](adapters))
+
+
+def test_a_copy_beside_the_weights_of_a_base(adapters, folder):
+    """unsloth 8566: a file that is not read does not change which base adapters belong to."""
+    expected = logits_of(adapters)
+    (folder / "._model.safetensors").write_bytes(b"macOS")
+    assert torch.equal(logits_of(adapters), expected)
+
+
+@pytest.mark.parametrize("place", ["weights", "adapters"])
+def test_float8(place, adapters, folder):
+    """safetensors 404: a model that was stored in 8-bit floats."""
+    path = folder / "model.safetensors" if place == "weights" else adapters / "adapter_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    stored = {name: w.to(torch.float8_e4m3fn) if w.dim() == 2 else w for name, w in weights.items()}
+    danube3.write_tensors(path, stored)
+    if place == "adapters":  # small: read as any other type
+        assert PROGRAMS["complete"](adapters).returncode == 0
+        return
+    for name in PROGRAMS:
+        refused_by(name, folder, "is torch.float8_e4m3fn: take the model before it was quantized")
+
+
+def test_a_piece_that_was_renamed(folder, tokenizer):
+    """InternLM2: `added_tokens_decoder` gives an id that tokenizer.model has another name."""
+    renamed = {str(i): {"content": tokenizer.sp.id_to_piece(i), "special": True} for i in (0, 1, 2, 300)}
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder=renamed)
+    danube3.load_checkpoint(folder)
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"300": {"content": "<|im_end|>"}})
+    assert "tokenizer.model lacks '<|im_end|>'" in one_line_error(PROGRAMS["complete"](folder))
+
+
+@pytest.mark.parametrize("processor, add_bos", [(None, False), ({"single": [{"SpecialToken": {"id": "<s>"}}]}, True)])
+def test_bos_of_transformers_5(processor, add_bos, folder):
+    """transformers 30947: where tokenizer_config.json is silent, tokenizer.json says whether prompts begin with <s>."""
+    change_json(folder / "tokenizer_config.json", add_bos_token=None)
+    (folder / "tokenizer.json").write_text(json.dumps({"post_processor": processor}))
+    assert danube3.load_checkpoint(folder)[1].add_bos is add_bos
+
+
+@pytest.mark.parametrize("ids", [[7, 2], [2, 7]])
+def test_stop_ids_in_any_order(ids, folder):
+    """optimum-neuron 580: </s> is not always the first of them."""
+    change_json(folder / "config.json", eos_token_id=ids)
+    (folder / "generation_config.json").unlink()
+    model, _ = danube3.load_checkpoint(folder)
+    assert model.config.eos_token_id == 2 and model.stop_ids == ids
+
+
+def test_a_setting_that_a_merge_left_over(folder):
+    """unsloth 1601: `quantization_config` of bitsandbytes, with 16-bit weights. The tensors decide."""
+    expected = logits_of(folder)
+    change_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert torch.equal(logits_of(folder), expected)
+    assert PROGRAMS["quantize"](folder).returncode == 0
+
+
+def test_checksums_of_other_programs(folder):
+    """sha256sum on Windows writes `*name`. A file that was edited is named, with the way out."""
+    danube3.write_checksums(folder)
+    sums = folder / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace("  ", " *"))
+    danube3.load_checkpoint(folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    line = one_line_error(PROGRAMS["complete"](folder))
+    assert "config.json is missing or damaged, says SHA256SUMS" in line and "remove the line there if you" in line
+
+
+@pytest.mark.parametrize("call_that_fails", ["flock", "fsync", "chmod"])
+def test_network_disks(call_that_fails, folder, monkeypatch):
+    """tensorstore 183, borg 1287, datasets 8125: no locks, no sync of folders, no permissions. The run goes on."""
+    import os
+    import stat
+
+    fsync = os.fsync
+
+    def fail(handle, *_, **__):
+        if call_that_fails == "fsync" and not stat.S_ISDIR(os.fstat(handle).st_mode):
+            return fsync(handle)
+        raise PermissionError(1, "not here") if call_that_fails == "chmod" else OSError(38, "not implemented")
+
+    if call_that_fails == "flock":
+        monkeypatch.setattr(danube3.fcntl, "flock", fail)
+    elif call_that_fails == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        monkeypatch.setattr(danube3.Path, "chmod", fail)
+    assert PROGRAMS["fine-tune"](folder).returncode == 0
+    danube3.load_checkpoint(folder.parent / "tuned")
+
+
+def test_a_file_that_cannot_be_synced_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(danube3.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    danube3.sync(tmp_path)
+    with pytest.raises(OSError, match="Input/output error"):
+        danube3.sync(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", ["Caf\u00e9".encode("utf-16"), "Caf\u00e9".encode("latin-1"), b"\x1f\x8b\x08"])
+def test_text_in_another_encoding(content, folder):
+    """minimind 551: UTF-16 of PowerShell, Latin-1, a gzip file without its suffix."""
+    (folder.parent / "text.txt").write_bytes(content)
+    line = one_line_error(call("sample.py", folder, "--eval", folder.parent / "text.txt"))
+    assert "text.txt is not UTF-8 text" in line and "convert or unpack it" in line
+
+
+@pytest.mark.parametrize("extra", [{"weight": 0}, {"train": False}, {"tool_calls": [{"id": 1}]},
+                                   {"reasoning_content": "Hm."}])  # fmt: skip
+def test_messages_that_are_more_than_text(extra, folder):
+    """axolotl 1703, minimind 737: an answer that is not to be learnt, or only a part of what was said."""
+    talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here.", **extra}]
+    path = write_jsonl(folder.parent / "chat.jsonl", [*TALKS, {"messages": talk}])
+    assert "conversation 9: message 2 is not to be learnt" in one_line_error(PROGRAMS["fine-tune"](folder))
+    harmless = {"weight": 1, "train": True, "tool_calls": None, "reasoning_content": "", "name": "Ada"}
+    talk[1] = {"role": "assistant", "content": "Here.", **harmless}
+    write_jsonl(path, [*TALKS, {"messages": talk}])
+    assert PROGRAMS["fine-tune"](folder).returncode == 0
+
+
+@pytest.mark.parametrize("system", ["", " \n"])
+def test_an_empty_system_message(system, tmp_path):
+    """pydantic-ai 2678: nothing is put in front of the question."""
+    messages = [{"role": "system", "content": system}, *TALKS[0]["messages"]]
+    path = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages}])
+    assert read.read_conversations(path, fold_system=True) == [TALKS[0]["messages"]]
+
+
+def test_conversations_with_a_label(tmp_path):
+    """Scored conversations: the messages are the conversation."""
+    path = write_jsonl(tmp_path / "t.jsonl", [{**TALKS[0], "label": True}])
+    assert read.read_conversations(path) == [TALKS[0]["messages"]]
+
+
+@pytest.mark.parametrize("answer, text, right", [
+    ("\u5317\u4eac", "\u4ed6\u5728\u5317\u4eac\u5de5\u4f5c\u3002", 1.0), ("Caf\u00e9", "Cafe\u0301.", 1.0),
+    ("\u6771\u4eac", "\u6771\u4eac\u30bf\u30ef\u30fc", 1.0), ("3", "In 1913.", 0.0),
+    ("Caf", "Caf\u00e9.", 0.0), ("Marrow", "Marrows", 0.0)])  # fmt: skip
+def test_answers_of_other_scripts(answer, text, right, folder, monkeypatch):
+    """litellm 35984: Chinese and Japanese have no spaces between words. OCR-D 225: accents in two forms."""
+    model, tokenizer = danube3.load_checkpoint(folder)
+    monkeypatch.setattr(sample, "greedy_answers", lambda *args: [(text, True)])
+    question = {"messages": TALKS[0]["messages"][:1], "answer": answer}
+    assert sample.generative_evaluation(model, tokenizer, [question])["right in turn 1"] == right
+
+
+@pytest.mark.parametrize("question, words", [
+    ({"prompt": "x", "choices": [" a", " a"], "answer": 0}, "two of its choices are the same"),
+    ({"prompt": "x", "choices": [" a", " b"], "answer": "B"}, "'B' is no \"answer\", the index of one of its"),
+    ({"messages": TALKS[0]["messages"][:1], "answer": " "}, 'its "answer" must be text')])  # fmt: skip
+def test_questions_without_a_right_answer(question, words, folder):
+    """lm-evaluation-harness 1447: letters as answers; choices that cannot be told apart."""
+    path = write_jsonl(folder.parent / "q.jsonl", [question])
+    assert words in one_line_error(call("sample.py", folder, "--eval", path))
+
+
+def test_prompts_from_windows(folder, monkeypatch):
+    """llama.cpp 1444: a mark, Windows line ends and the last newline of a piped text are no part of the prompt."""
+    answers = []
+    for piped in (b"Ada\nlives", b"\xef\xbb\xbfAda\r\nlives\r\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
+        answers.append(call("sample.py", folder, "-", "--temperature", 0, "--max-new-tokens", 5).stdout)
+    assert answers[0] == answers[1]
