@@ -1,14 +1,15 @@
-"""The report's idea put to the test: `python data/experiment.py --csv out/experiment.csv` trains toys in three orders.
+"""Do the report's stages help? `python data/experiment.py --csv out/new.csv` trains toys in three orders.
 
-Is it better to read the clean text last? Three orders of the same tokens of every source: the report's stages, the same
-text mixed evenly from first to last ("constant"), and the stages backwards ("reversed"); five seeds each, all else
-equal, and after each the same chat fine-tuning. Of every outcome: the difference to "constant", paired by seed, its
-mean, and a 95 % interval by Student's t, not corrected for the number of outcomes. (Fixed before the other two orders
-were run, and before statements and losses were looked at; quiz and chat results of the staged runs were known.)
-The main outcome is `statements`: a bare "Nolva Crandle lives in", where nothing tells a model which source it is in.
+Three orders of the same tokens of every source: the report's stages, the same text mixed evenly ("constant"),
+and the stages backwards ("reversed"). Five seeds each, all else equal, and after each the same fine-tuning.
+For every outcome: the mean of each order, and the mean difference to "constant", paired by seed, with 95 %
+intervals by Student's t that are not corrected for the number of outcomes. The outcomes were fixed before
+the other two orders were run, and before statements and losses were looked at; quiz and chat results of the
+staged runs were known. The main outcome is `statements`: a bare "Nolva Crandle lives in", where nothing tells
+a model which source it is in.
 
-Every finished run is a line of --csv, and is not done again (data/experiment.csv has all fifteen); a run that was
-interrupted goes on. About 40 minutes on two cores.
+Each finished run is a line of --csv and is not repeated (data/experiment.csv holds all fifteen). An
+interrupted run goes on. About 40 minutes on two cores.
 """
 import argparse
 import csv
@@ -16,6 +17,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,11 +40,12 @@ OUTCOMES = {  # column: what it is
     "chat_second": "the same, second turn",
     **{f"loss_{name}": f"loss on {name}" for name in danube3.SOURCES},
 }
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5 %, n - 1
+# The 97.5 % quantile of Student's t, by the number of values.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def train(args: argparse.Namespace, out: Path, *flags: str) -> None:
-    """Run train.py, or let it go on, its output in a file beside the run."""
+    """Run train.py, or let it go on. Its output goes into a file beside the run."""
     if danube3.checkpoints_in(out):
         flags += ("--resume",)
     threads = max(1, (os.cpu_count() or 1) // args.workers)
@@ -51,36 +54,44 @@ def train(args: argparse.Namespace, out: Path, *flags: str) -> None:
     with open(f"{out}.log", "w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    if done.returncode:
-        raise danube3.DanubeError(f"a run ended with an error, see {out}.log: mend it and give the same command again")
+    ended_well = done.returncode == 0
+    danube3.require(ended_well, f"a run ended with an error, see {out}.log: mend it and repeat this command")
 
 
 def one_run(args: argparse.Namespace, order: str, seed: int) -> dict[str, Any]:
-    """Pre-train, fine-tune and examine one model. -> a row of the table"""
+    """Pre-train, fine-tune and evaluate one model. -> a row of the table"""
     base, chat, data = args.out / f"{order}-{seed}", args.out / f"{order}-{seed}-chat", args.data
-    tokens = ("--tokens", args.tokens) if args.tokens else ()
-    train(args, base, "--data", str(data), "--mixture", order, "--seed", str(seed), *tokens)
+    flags = ["--data", str(data), "--mixture", order, "--seed", str(seed)]
+    if args.tokens:
+        flags += ["--tokens", args.tokens]
+    train(args, base, *flags)
     train(args, chat, "--chat", str(data / "chat.jsonl"), "--init", str(base), "--seed", str(seed))
     model, tokenizer = danube3.load_checkpoint(base)
     questions = read_jsonl(data / "statements.jsonl")
-    scores = sample.choice_log_likelihoods(model, tokenizer, questions)
-    picks = [each.index(max(each)) for each in scores]
+    truths, rumours = [], []
+    for question, scores in zip(questions, sample.choice_log_likelihoods(model, tokenizer, questions)):
+        pick = scores.index(max(scores))
+        truths.append(pick == question["answer"])
+        rumours.append(pick == question["rumour"])
     talk = sample.evaluate(*danube3.load_checkpoint(chat), data / "chat-quiz.jsonl")
-    return {"order": order, "seed": seed,
-            "statements": mean(pick == question["answer"] for pick, question in zip(picks, questions)),
-            "rumours": mean(pick == question["rumour"] for pick, question in zip(picks, questions)),
-            "quiz": sample.evaluate(model, tokenizer, data / "quiz.jsonl")["acc"],
-            "chat_first": talk["right in turn 1"], "chat_second": talk["right in turn 2"],
-            **{f"loss_{name}": loss for name, loss in sample.evaluate(model, tokenizer, data).items()}}
+    row = {"order": order, "seed": seed, "statements": mean(truths), "rumours": mean(rumours),
+           "quiz": sample.evaluate(model, tokenizer, data / "quiz.jsonl")["acc"],
+           "chat_first": talk["right in turn 1"], "chat_second": talk["right in turn 2"]}
+    for name, loss in sample.evaluate(model, tokenizer, data).items():
+        row[f"loss_{name}"] = loss
+    return row
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The finished runs -> order, seed and outcomes of each"""
+    """The finished runs: order, seed and outcomes of each."""
     if not path.is_file():
         return []
+    rows = []
     with open(path, newline="") as file:
-        return [{"order": row["order"], "seed": int(row["seed"]), **{name: float(row[name]) for name in OUTCOMES}}
-                for row in csv.DictReader(file)]
+        for row in csv.DictReader(file):
+            outcomes = {name: float(row[name]) for name in OUTCOMES}
+            rows.append({"order": row["order"], "seed": int(row["seed"]), **outcomes})
+    return rows
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -99,12 +110,14 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def analysis(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Of each outcome the mean of each order, and the mean difference of the others to "constant" over the seeds that
-    all orders have; each with half of its interval."""
-    by_run = {(row["order"], row["seed"]): row for row in rows}
-    seeds = [seed for seed in sorted({row["seed"] for row in rows}) if all((order, seed) in by_run for order in ORDERS)]
-    if not 2 <= len(seeds) <= max(STUDENT):
-        raise danube3.DanubeError(f"{len(seeds)} seeds are finished in all orders: intervals need 2 to {max(STUDENT)}")
+    """For each outcome the mean of each order and the mean differences to "constant", over the seeds that all
+    orders have, each with half of its interval."""
+    by_run, runs_of = {}, Counter(row["seed"] for row in rows)
+    for row in rows:
+        by_run[row["order"], row["seed"]] = row
+    seeds = [seed for seed, runs in sorted(runs_of.items()) if runs == len(ORDERS)]
+    danube3.require(2 <= len(seeds) <= max(STUDENT),
+                    f"{len(seeds)} seeds are finished in all orders: intervals need 2 to {max(STUDENT)}")
     results = {}
     for name in OUTCOMES:
         values = {order: [by_run[order, seed][name] for seed in seeds] for order in ORDERS}
@@ -120,14 +133,16 @@ def as_table(results: dict[str, dict[str, tuple[float, float]]]) -> str:
     columns = list(next(iter(results.values())))
     lines = ["| outcome | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, cells in results.items():
-        numbers = " | ".join(f"{value:+.3f} ± {half:.3f}" if "-" in column else f"{value:.3f} ± {half:.3f}"
-                             for column, (value, half) in cells.items())
-        lines.append(f"| {OUTCOMES[name]} | {numbers} |")
+        line = f"| {OUTCOMES[name]} |"
+        for column, (value, half) in cells.items():
+            sign = "+" if "-" in column else ""
+            line += f" {value:{sign}.3f} ± {half:.3f} |"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """A panel for each of the first five outcomes: a dot for each run, a line for each mean. Needs matplotlib."""
+    """A panel for each of the first five outcomes, if matplotlib is there: dots for runs, lines for means."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -149,7 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, default=5, help="of each order, at most 10")
     parser.add_argument("--workers", type=positive, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--tokens", help="of each run, to try out [the config's]")
-    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="the toy world; made if it is not there")
+    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="a toy world; made if it is absent")
     parser.add_argument("--out", type=Path, help="the runs [out/experiment-<data>]")
     parser.add_argument("--csv", type=Path, default=Path("data/experiment.csv"), help="a line for each run")
     args = parser.parse_args()
@@ -165,7 +180,8 @@ def main() -> None:
     rows = read_rows(args.csv)
     finished = {(row["order"], row["seed"]) for row in rows}
     runs = [(order, seed) for seed in range(args.seeds) for order in ORDERS if (order, seed) not in finished]
-    with ThreadPoolExecutor(args.workers) as pool, tqdm(total=3 * args.seeds, initial=len(finished), unit="run") as bar:
+    bar = tqdm(total=3 * args.seeds, initial=len(finished), unit="run")
+    with ThreadPoolExecutor(args.workers) as pool, bar:
         for row in pool.map(lambda run: one_run(args, *run), runs):
             rows.append(row)
             write_rows(args.csv, rows)
