@@ -73,8 +73,8 @@ def memory_bytes(config: DanubeConfig, training: TrainConfig, compute_bytes: int
         memory["weights (compute copy)"] = compute_bytes * parameters
     return memory
 
-USABLE_MEMORY = 0.92  # [ours] of a GPU's memory; the rest goes to the driver and to fragmentation
-GPU_FLOPS = 4e14      # [ours] assumed operations per second of a GPU: 40 % of an H100's bf16 peak
+USABLE_MEMORY = 0.92      # [ours] of a GPU's memory; the rest goes to the driver and to fragmentation
+GPU_FLOPS = 0.4 * 989e12  # [ours] assumed operations per second: 40 % of an H100's dense bf16 peak
 
 def choose_checkpointing(config: DanubeConfig, training: TrainConfig, wish: str, gpu_memory: float,
                          gpus: int = 1) -> bool:
@@ -129,7 +129,7 @@ def describe_plan(config: DanubeConfig, training: TrainConfig, total_steps: int,
         f"step            {step:,} tokens: global batch of {c.batch_size} sequences of {c.sequence_length:,}",
         f"{'':16}{gpus} GPUs x {passes} gradient accumulation steps x micro-batch of {c.micro_batch_size}",
         f"run             {total_steps:,} steps, {total_steps * step:,} tokens, {flops:.3g} FLOPs",
-        f"{'':16}{days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.0f} TFLOP/s: 40 % of an H100's peak",
+        f"{'':16}{days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.1f} TFLOP/s: 40 % of an H100's peak",
         f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU{note}",
     ]
     lines += [f"{size / 1e9:26,.2f}  {name}" for name, size in memory.items()]

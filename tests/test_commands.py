@@ -1,5 +1,5 @@
-"""Every command in the README, each once, in a folder of its own beside the programs, with small budgets: code blocks
-first, then those in text and tables. Real sizes are only planned (--dry-run).
+"""Every command in the three READMEs, each once, in a folder of its own beside the programs, with small budgets: code
+blocks first, then those in text and tables. Real sizes are only planned (--dry-run).
 
 What cannot be run here is listed in ELSEWHERE with the reason, and checked as far as that goes: benchmarks run for
 minutes or need other packages, so only their flags are looked up; torchrun's own runs are in test_distributed.py.
@@ -20,8 +20,8 @@ from conftest import ROOT, call
 
 pytestmark = pytest.mark.slow
 
-README = (ROOT / "README.md").read_text()
-# What stands in the README for a name of the reader's own.
+READMES = [(ROOT / name).read_text() for name in ("README.md", "data/README.md", "tests/README.md")]
+# What stands in the READMEs for a name of the reader's own.
 NAMES = {
     "FOLDER": "out/model",
     "FILE": "out/model.gguf",
@@ -49,7 +49,7 @@ ELSEWHERE = {
 
 def commands():
     """Those in code blocks, and those inside the text and the tables."""
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)  # diagrams
+    text = re.sub(r"^```.*?^```$", "", "\n".join(READMES), flags=re.M | re.S)  # diagrams
     blocks = "".join(re.findall(r"^ {4}.*\n", text, re.M))
     lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
     lines += re.findall(r"`([^`]+)`", text.replace("\n", " "))
@@ -61,7 +61,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, toy_data):
-    """The programs, a short toy world, and the files that the README takes as the reader's."""
+    """The programs, a short toy world, and the files that the READMEs take as the reader's."""
     folder = tmp_path_factory.mktemp("workspace")
     for name in ("danube3.py", "train.py", "sample.py", "quantize.py", "tests"):
         (folder / name).symlink_to(ROOT / name)

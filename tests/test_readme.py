@@ -1,4 +1,8 @@
-"""The README against what it speaks of: the experiment, lines, tests, costs, files."""
+"""The three READMEs against what they describe: the experiment, lines, tests, costs, files, links.
+
+README.md holds the map of danube3.py, data/README.md the experiment, tests/README.md costs and comparison.
+`PYTHONPATH=.:tests python tests/test_readme.py` corrects line numbers and counts in all three.
+"""
 
 import re
 from pathlib import Path
@@ -10,12 +14,18 @@ import danube3
 import train
 from data import experiment
 
-README = (ROOT / "README.md").read_text()
+NAMES = ("README.md", "data/README.md", "tests/README.md")
+README, DATA, TESTS = ((ROOT / name).read_text() for name in NAMES)
+
+
+def one_line(text):
+    """With single spaces, so that a sentence can be found wherever its lines end."""
+    return " ".join(text.split())
 
 
 def table_rows(heading):
-    """The rows of the first table under a heading, as lists of cells."""
-    lines = README.split(f"\n## {heading}\n")[1].split("\n## ")[0].splitlines()
+    """The rows of the first table under a heading of tests/README.md, as lists of cells."""
+    lines = TESTS.split(f"\n## {heading}\n")[1].split("\n## ")[0].split("\n### ")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
 
 
@@ -26,8 +36,8 @@ def test_the_experiments_tables_are_those_of_their_csv(name):
     assert sorted((row["order"], row["seed"]) for row in rows) == sorted(
         (order, seed) for order in experiment.ORDERS for seed in range(5)
     )
-    assert experiment.as_table(experiment.analysis(rows)) in README
-    assert (ROOT / "data" / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"(data/{name}.png)" in README
+    assert experiment.as_table(experiment.analysis(rows)) in DATA
+    assert (ROOT / "data" / f"{name}.png").read_bytes().startswith(b"\x89PNG") and f"({name}.png)" in DATA
 
 
 def test_what_the_readme_says_of_the_experiment():
@@ -41,16 +51,16 @@ def test_what_the_readme_says_of_the_experiment():
     for name in ("statements", "rumours", "quiz", "chat_first", "chat_second"):
         difference, half = results[name]["staged - constant"]
         assert abs(difference) < half
-    assert f"{results['statements']['constant'][0]:.1%}".replace("%", " %") in README
+    assert f"{results['statements']['constant'][0]:.1%}".replace("%", " %") in DATA
 
 
 def test_what_the_readme_says_of_the_second_world():
     """The sentences under the second table."""
     rows = experiment.read_rows(ROOT / "data" / "experiment-rumours.csv")
-    results, text = experiment.analysis(rows), " ".join(README.split())
+    results, text = experiment.analysis(rows), one_line(DATA)
     percent = {order: f"{100 * results['statements'][order][0]:.1f} %" for order in experiment.ORDERS}
     assert f"{percent['staged']} of the bare statements" in text and f"the even mixture {percent['constant']}" in text
-    assert f"backwards {percent['reversed']}" in text
+    assert f"the reversed order {percent['reversed']}" in text
     difference, half = results["statements"]["staged - constant"]
     assert f"differs by {100 * difference:.1f} points" in text
     assert f"({100 * (difference - half):.0f} to {100 * (difference + half):.0f} points" in text
@@ -63,7 +73,7 @@ def test_what_the_readme_says_of_the_second_world():
 
 
 def test_map_of_the_file():
-    """Every section is linked at the line of its heading. `PYTHONPATH=. python tests/test_readme.py` mends."""
+    """Every section is linked at the line of its heading."""
     lines = (ROOT / "danube3.py").read_text().splitlines()
     headings = {match[1]: n for n, line in enumerate(lines, 1) if (match := re.match(r"# ==== (\d+)\. \w", line))}
     links = dict(re.findall(r"\| \[(\d+) [^]]+\]\(danube3\.py#L(\d+)\) \|", README))
@@ -79,7 +89,7 @@ def sections():
 
 def test_length_of_the_file():
     whole = round(len((ROOT / "danube3.py").read_text().splitlines()), -1)
-    assert f"`danube3.py` has {whole:,} lines" in " ".join(README.split())
+    assert f"`danube3.py` has {whole:,} lines" in one_line(README)
 
 
 def counted_lines():
@@ -91,8 +101,13 @@ def counted_lines():
     return head + sum(parts) + sum(programs), len((ROOT / "danube3.py").read_text().splitlines())
 
 
+def toy_lines():
+    return len((ROOT / "data" / "toy.py").read_text().splitlines())
+
+
 def test_lines_in_the_comparison():
-    assert "| {:,} (whole `danube3.py`: {:,}) |".format(*counted_lines()) in README
+    assert "| {:,} (whole `danube3.py`: {:,}) |".format(*counted_lines()) in TESTS
+    assert f"`data/toy.py` ({toy_lines()})" in TESTS
 
 
 def counted_tests():
@@ -102,15 +117,55 @@ def counted_tests():
 
 
 def test_number_of_tests():
-    assert counted_tests() in README
+    assert counted_tests() in TESTS
 
 
-def test_nothing_was_left_open():
-    assert not re.search(r"@[A-Z0-9]+@|\b(PASSAGES|TFIDF|TODO)\b", README)
-    anchors = {
-        re.sub(r"[^\w -]", "", line[3:].lower()).replace(" ", "-") for line in README.splitlines() if line[:3] == "## "
-    }
-    assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= anchors
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_was_left_open(name):
+    assert not re.search(r"@[a-zA-Z0-9-]+@|\b(PASSAGES|TFIDF|TODO)\b", (ROOT / name).read_text())
+
+
+def anchors(text):
+    """Of the headings of a Markdown text, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(name):
+    """The relative links of a Markdown file whose file or anchor does not exist."""
+    text, broken = (ROOT / name).read_text(), []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if "://" in path:
+            continue
+        target = (ROOT / name).parent / path if path else ROOT / name
+        found = target.exists()
+        if found and anchor and target.suffix == ".md":
+            found = anchor in anchors(target.read_text())
+        elif found and anchor:  # a line of a program
+            number = re.fullmatch(r"L(\d+)", anchor)
+            found = number and 0 < int(number[1]) <= len(target.read_text().splitlines())
+        if not found:
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    assert broken_links(name) == []
+
+
+def test_broken_links_are_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("# A\n\n## To `do`, now\n")
+    (tmp_path / "data" / "a.py").write_text("x\ny\n")
+    links = ["../README.md", "../README.md#to-do-now", "a.py#L2", "#b", "https://a.b/c#d"]
+    wrong = ["toy.md", "../README.md#to-do", "a.py#L3", "#a", "a.py#x"]
+    text = "# B\n" + "".join(f"[x]({link})\n" for link in links + wrong)
+    (tmp_path / "data" / "README.md").write_text(text)
+    assert broken_links("data/README.md") == wrong
 
 
 def test_average_rates_of_the_experiment():
@@ -128,14 +183,14 @@ def test_average_rates_of_the_experiment():
             averages.append(sum(r * s for r, s in zip(rates, shares)) / sum(shares))
         ranges[order] = round(100 * min(averages)), round(100 * max(averages))
     assert ranges == {"staged": (25, 31), "constant": (50, 50), "reversed": (67, 72)}
-    text = " ".join(README.split())
+    text = one_line(DATA)
     assert (
         "at 25 to 31 % of the peak rate on average in the staged runs, at 50 % in the constant ones, and at 67 to 72 %"
         in text
     )
 
 
-@pytest.mark.parametrize("name, gpu_days, days", [("500m", "462", "7.2"), ("4b", "4,785", "74.8")])
+@pytest.mark.parametrize("name, gpu_days, days", [("500m", "467", "7.3"), ("4b", "4,838", "75.6")])
 def test_costs_in_the_reproduction_table(name, gpu_days, days):
     """From the same formula as the plan's."""
     config, training = danube3.CONFIGS[name], danube3.TRAIN_CONFIGS[name]
@@ -147,27 +202,40 @@ def test_costs_in_the_reproduction_table(name, gpu_days, days):
     cost = danube3.flops_per_token(config, training.sequence_length) * tokens / train.GPU_FLOPS / 86_400
     assert f"{cost:,.0f} GPU-days" in row[2] and gpu_days in row[2]
     assert f"{cost / 64:.1f} days on 64" in row[2] and days in row[2]
-    assert f"{total_steps:,}" in README
+    assert f"{total_steps:,}" in TESTS
+    full = 3 * config.num_hidden_layers * config.num_attention_heads * 4 * config.head_dim
+    more = full * (training.sequence_length - 1) / 2  # keys per query, beyond the causal (T + 1) / 2
+    cost += more * tokens / train.GPU_FLOPS / 86_400
+    assert f"{cost:,.0f} ({name})" in one_line(TESTS)
+    assert f"{train.GPU_FLOPS / 1e12:.1f} TFLOP/s" in TESTS and train.GPU_FLOPS == 0.4 * 989e12
 
 
-def test_files_that_the_readme_names():
-    for name in re.findall(r"`((?:data|tests)/[a-z_]+\.(?:py|csv|png|txt))`", README):
+def test_published_parameters():
+    row = next(row for row in table_rows("What the report publishes, and what this computes") if "parameters" in row[0])
+    counts = [danube3.count_parameters(danube3.CONFIGS[name]) for name in ("500m", "4b")]
+    assert row[1] == "; ".join(f"{count:,}" for count in counts)
+
+
+def test_files_that_the_readmes_name():
+    for name in re.findall(r"`((?:data|tests)/[a-z_]+\.(?:py|csv|png|txt))`", README + DATA + TESTS):
         assert Path(ROOT, name).is_file(), name
 
 
-def mend_map():
-    """Write the lines of the sections, and how many there are, into the README."""
-    text = README
-    for n, line in enumerate((ROOT / "danube3.py").read_text().splitlines(), 1):
-        if match := re.match(r"# ==== (\d+)\. \w", line):
-            text = re.sub(rf"(\| \[{match[1]} [^]]+\]\(danube3\.py#L)\d+", rf"\g<1>{n}", text)
-    whole = round(len((ROOT / "danube3.py").read_text().splitlines()), -1)
-    text = re.sub(r"`danube3.py` has [\d,]+ lines", f"`danube3.py` has {whole:,} lines", text)
+def mend():
+    """Write the lines of the sections, and what is counted, into the three files."""
+    lines = (ROOT / "danube3.py").read_text().splitlines()
     counts = "{:,} (whole `danube3.py`: {:,})".format(*counted_lines())
-    text = re.sub(r"[\d,]+ \(whole `danube3.py`: [\d,]+\)", counts, text)
-    text = re.sub(r"\| tests \| \d+ files, \d+ test functions \(", counted_tests(), text)
-    (ROOT / "README.md").write_text(text)
+    for name in NAMES:
+        text = (ROOT / name).read_text()
+        for n, line in enumerate(lines, 1):
+            if match := re.match(r"# ==== (\d+)\. \w", line):
+                text = re.sub(rf"(\| \[{match[1]} [^]]+\]\(danube3\.py#L)\d+", rf"\g<1>{n}", text)
+        text = re.sub(r"`danube3.py` has [\d,]+ lines", f"`danube3.py` has {round(len(lines), -1):,} lines", text)
+        text = re.sub(r"[\d,]+ \(whole `danube3.py`: [\d,]+\)", counts, text)
+        text = re.sub(r"`data/toy.py` \(\d+\)", f"`data/toy.py` ({toy_lines()})", text)
+        text = re.sub(r"\| tests \| \d+ files, \d+ test functions \(", counted_tests(), text)
+        (ROOT / name).write_text(text)
 
 
 if __name__ == "__main__":
-    mend_map()
+    mend()
