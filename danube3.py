@@ -208,10 +208,11 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, frozen: bool = F
 
     A weight costs two forward (multiply, add), two backward for the gradient of its inputs,
     and two for its own unless it is **frozen** (section 10). Attention costs 4 h per (head,
-    query, key): score and weighted sum. A query has (T + 1) / 2 keys on average."""
+    query, key): score and weighted sum. All T keys count, as in other projects' figures, although
+    a query attends to half of them on average."""
     layers, D = config.num_hidden_layers, config.hidden_size
     weights = count_parameters(config) - config.vocab_size * D - (2 * layers + 1) * D  # no embedding, norms
-    attention = layers * config.num_attention_heads * 4 * config.head_dim * (sequence_length + 1) // 2
+    attention = layers * config.num_attention_heads * 4 * config.head_dim * sequence_length
     return (2 if frozen else 3) * 2 * weights + 3 * attention
 
 # ==== 2. Tokenizer and chat template ====================================================

@@ -202,7 +202,7 @@ def report_run(args: argparse.Namespace, run: danube3.Trainer) -> None:
             ids = danube3.generate(model, prompt, 80, temperature=0.7, top_p=0.9, seed=seed)[0].tolist()
             print(f"--- a sample\n{tokenizer.decode(ids)}")
     else:
-        quiz = args.chat.with_name(f"{args.chat.stem}-quiz.jsonl")
+        quiz = args.chat[0].with_name(f"{args.chat[0].stem}-quiz.jsonl")
     if quiz.is_file():
         print(f"--- {quiz}\n{sample.as_table(sample.evaluate(model, tokenizer, quiz))}")
     print("try: python sample.py", args.merge or run.out, "--chat" if args.chat else '"Once upon a time"')
@@ -308,7 +308,7 @@ def arguments() -> argparse.Namespace:
     stages.add_argument("--sequence-length", type=positive, help="tokens of a sequence")
     stages.add_argument("--layers", type=positive, help="fewer layers than the configuration's: to try out")
     chat = parser.add_argument_group("supervised fine-tuning on conversations")
-    chat.add_argument("--chat", type=Path, metavar="JSONL", help="conversations, or texts with their labels")
+    chat.add_argument("--chat", type=Path, nargs="+", metavar="JSONL", help="conversations, or labelled texts")
     chat.add_argument("--epochs", type=positive, help="how often each conversation is read [1]")
     chat.add_argument("--batch-size", type=positive, help="conversations of one optimizer step [16]")
     chat.add_argument("--lora", type=positive, metavar="RANK", help="train LoRA adapters of this rank")
@@ -397,14 +397,14 @@ def fine_tuning(args: argparse.Namespace, base: Path, start: str,
     dtype = danube3.compute_dtype(device) if args.lora else torch.float32
     model, tokenizer = danube3.load_checkpoint(base, start, dtype)
     tokenizer.add_bos, tokenizer.chat_template = False, danube3.CHAT_TEMPLATE  # as in render_chat
-    conversations = read.read_conversations(args.chat, bool(args.system))
-    fingerprint = {"chat": danube3.file_sha256(args.chat), "fold_system": args.system, "lora": args.lora}
+    conversations: list[danube3.Messages] = []
+    for path in args.chat:
+        conversations += read.read_conversations(path, bool(args.system))
+    fingerprint = {"chat": " ".join(map(danube3.file_sha256, args.chat)), "fold_system": args.system,
+                   "lora": args.lora}
     training = adjust(sft_config(model.config, bool(args.lora)), args)
-    try:
-        data = ChatData(conversations, tokenizer, model.config.max_position_embeddings, training,
-                        args.epochs or 1, fingerprint)
-    except DanubeError as error:
-        raise DanubeError(f"{args.chat}: {error}") from error
+    data = ChatData(conversations, tokenizer, model.config.max_position_embeddings, training,
+                    args.epochs or 1, fingerprint)
     if args.micro_batch_size:
         data.config = replace(data.config, micro_batch_size=args.micro_batch_size)
     if danube3.rank_and_world_size()[0] == 0:

@@ -651,12 +651,27 @@ def test_chat_training_by_hand(monkeypatch):
     assert chat_data_of(lengths[3:], train.sft_config(TINY), 1, monkeypatch).config.batch_size == 2
 
 
+def test_several_files_are_read_one_after_the_other(tmp_path, tokenizer):
+    """As if they were one file."""
+    danube3.save_checkpoint(tmp_path / "base", random_model(TINY), tokenizer)
+    talks = [{"messages": messages_of([(f"Where is {n}?", f"In {n}.")])} for n in range(9)]
+    whole = write_jsonl(tmp_path / "whole.jsonl", talks)
+    parts = [write_jsonl(tmp_path / f"{i}.jsonl", part) for i, part in enumerate((talks[:4], talks[4:]))]
+    for out, files in (("one", [whole]), ("two", parts)):
+        flags = ("--init", tmp_path / "base", "--out", tmp_path / out, "--learning-rate", 0.01)
+        assert call("train.py", "--chat", *files, *flags).returncode == 0
+    one, two = (danube3.load_checkpoint(tmp_path / out)[0].state_dict() for out in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    again = ("--init", tmp_path / "base", "--out", tmp_path / "two", "--learning-rate", 0.01, "--resume")
+    assert "made with another chat" in one_line_error(call("train.py", "--chat", *parts[::-1], *again))
+
+
 def test_nothing_to_learn(long_base, tmp_path):
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "Hello?"}]}] * 3)
     flags = ("--init", long_base, "--out", tmp_path / "out")
-    assert "chat.jsonl: 0 conversations for 128 tokens" in one_line_error(call("train.py", "--chat", path, *flags))
+    assert "error: 0 conversations for 128 tokens" in one_line_error(call("train.py", "--chat", path, *flags))
     write_jsonl(path, [{"messages": messages_of(TALKS[0])}])
-    assert "chat.jsonl: 1 conversations for 128 tokens" in one_line_error(call("train.py", "--chat", path, *flags))
+    assert "error: 1 conversations for 128 tokens" in one_line_error(call("train.py", "--chat", path, *flags))
 
 
 @pytest.mark.slow

@@ -10,13 +10,17 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, call
+
+import danube3
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +57,7 @@ def commands():
     blocks = "".join(re.findall(r"^ {4}.*\n", text, re.M))
     lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
     lines += re.findall(r"`([^`]+)`", text.replace("\n", " "))
-    starts = re.compile(r"(?:/usr/bin/time -v )?((?:python|torchrun|pip|echo) .*)")
+    starts = re.compile(r"(?:/usr/bin/time -v )?((?:python|torchrun|pip|echo|hf) .*)")
     parts = [" ".join(part.split()) for line in lines for part in line.split(" && ")]
     found = [starts.fullmatch(part) for part in parts]
     return list(dict.fromkeys(match[1].replace(" \\|", " |") for match in found if match))
@@ -126,10 +130,20 @@ def check_packages(command):
                                 for path in (ROOT / "tests").glob("bench_*.py")), part  # fmt: skip
 
 
+def check_download(command, workspace):
+    """As after a download: with the files in place, `hf` finds nothing to do. Later commands open the folder."""
+    shutil.copytree(danube3.find_checkpoint(workspace / "out/toy-chat"), workspace / "out/500m-chat")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(shlex.split(command), cwd=workspace, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "out/500m-chat" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command(command, workspace, monkeypatch):
     if command.startswith("pip "):
         return check_packages(command)
+    if command.startswith("hf "):
+        return check_download(command, workspace)
     if any(re.search(pattern, command) for pattern in ELSEWHERE):
         return check_elsewhere(command)
     for name, value in NAMES.items():
@@ -148,6 +162,15 @@ def test_command(command, workspace, monkeypatch):
     result = call(program, *flags, folder=workspace)
     assert result.returncode == 0, f"{command}\n{result.stderr}"
     assert result.stdout.strip()
+
+
+def test_the_example_from_python(workspace, monkeypatch, capsys):
+    """The block of Python in README.md, after the tour."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", READMES[0], re.M | re.S)
+    assert len(blocks) == 1
+    monkeypatch.chdir(workspace)
+    exec(blocks[0], {})
+    assert "Where does Nolva Crandle live?" in capsys.readouterr().out
 
 
 def test_commands_were_found():

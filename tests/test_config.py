@@ -61,7 +61,7 @@ def test_stages_of_every_training_config():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_flops_against_a_counter(frozen):
-    """PyTorch counts the operations of a real forward and backward pass. For attention it counts all pairs of tokens.
+    """PyTorch counts the operations of a real forward and backward pass, for attention those of all pairs of tokens.
 
     With frozen weight matrices and trained norms all gradients of inputs are needed, as with adapters.
     """
@@ -71,9 +71,7 @@ def test_flops_against_a_counter(frozen):
         parameter.requires_grad_(not frozen or parameter.dim() == 1)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids, ids).backward()
-    square = 3 * 2 * 2 * TINY.num_hidden_layers * TINY.num_attention_heads * TINY.head_dim * T
-    causal = 3 * 2 * TINY.num_hidden_layers * TINY.num_attention_heads * TINY.head_dim * (T + 1)
-    assert counter.get_total_flops() / (B * T) - square + causal == danube3.flops_per_token(TINY, T, frozen)
+    assert counter.get_total_flops() / (B * T) == danube3.flops_per_token(TINY, T, frozen)
 
 
 def test_memory_against_what_autograd_keeps():

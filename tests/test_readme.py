@@ -190,7 +190,7 @@ def test_average_rates_of_the_experiment():
     )
 
 
-@pytest.mark.parametrize("name, gpu_days, days", [("500m", "467", "7.3"), ("4b", "4,838", "75.6")])
+@pytest.mark.parametrize("name, gpu_days, days", [("500m", "609", "9.5"), ("4b", "5,634", "88.0")])
 def test_costs_in_the_reproduction_table(name, gpu_days, days):
     """From the same formula as the plan's."""
     config, training = danube3.CONFIGS[name], danube3.TRAIN_CONFIGS[name]
@@ -203,10 +203,6 @@ def test_costs_in_the_reproduction_table(name, gpu_days, days):
     assert f"{cost:,.0f} GPU-days" in row[2] and gpu_days in row[2]
     assert f"{cost / 64:.1f} days on 64" in row[2] and days in row[2]
     assert f"{total_steps:,}" in TESTS
-    full = 3 * config.num_hidden_layers * config.num_attention_heads * 4 * config.head_dim
-    more = full * (training.sequence_length - 1) / 2  # keys per query, beyond the causal (T + 1) / 2
-    cost += more * tokens / train.GPU_FLOPS / 86_400
-    assert f"{cost:,.0f} ({name})" in one_line(TESTS)
     assert f"{train.GPU_FLOPS / 1e12:.1f} TFLOP/s" in TESTS and train.GPU_FLOPS == 0.4 * 989e12
 
 
