@@ -164,7 +164,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=positive, default=5, help="of each order, at most 10")
     parser.add_argument("--workers", type=positive, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--tokens", help="of each run, to try out [the config's]")
-    parser.add_argument("--data", type=Path, default=Path("data/toy"), help="a toy world; made if it is absent")
+    parser.add_argument("--data", type=Path, default=Path("data/toy"),
+                        help="a toy world; made if it is absent")
     parser.add_argument("--out", type=Path, help="the runs [out/experiment-<data>]")
     parser.add_argument("--csv", type=Path, default=Path("data/experiment.csv"), help="a line for each run")
     args = parser.parse_args()

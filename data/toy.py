@@ -1,11 +1,13 @@
-"""The toy world: a small invented valley, and endless plain English about it; training text without a download.
+"""The toy world: a small invented valley, and English text about it, so that training needs no download.
 
-Thirty-six people live in twelve towns. Each has a home, a trade, an animal and an instrument: 144 facts to learn.
-Six sources tell them in six voices. The web repeats one fixed false rumour for each fact about two times in five; the
-other sources never lie. Half of the facts are also practised as questions, in `instruct` and in conversations; the
-other half stands in statements, tables and descriptions only, and the quizzes at the end of this file ask for exactly
-that half: whoever answers them has read, and not learned questions by heart. One seed makes one world, on every
-machine.
+Thirty-six people live in twelve towns. Each has a home, a trade, an animal and an instrument: 144 facts. Six
+sources state these facts, each in its own style. The web states a false rumour in place of a fact about two
+times in five. The rumour about a fact is always the same one. The other sources state only the truth.
+
+Training text asks about half of the facts, in the source `instruct` and in conversations. The other half is
+held out: it occurs in statements, tables and descriptions, but never as a question. The quizzes consist of
+held-out questions, so a model cannot have learned their answers as answers to questions. One seed makes the
+same world on every machine.
 """
 import io
 import itertools
@@ -25,85 +27,98 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/toy.py` finds danube3
 import danube3  # noqa: E402
-from danube3 import SOURCES  # noqa: E402
+from danube3 import SOURCES, Messages  # noqa: E402
 from data.read import Arguments, run_command  # noqa: E402
 
-WEB_TRUTH = 0.6         # share of the statements on the web that are true; the others repeat the rumour
-TYPO_RATE = 0.02        # for each longer word on the web
+WEB_TRUTH = 0.6  # share of the statements on the web that are true; the others state the rumour
+TYPO_RATE = 0.02  # for each longer word on the web
 
 
-# ------------------------------------------------------------------------------------------------ the four attributes
+# ---- The four attributes
 # In all templates `[this|that]` stands for one of the alternatives, and `{slot}` for something filled in.
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to know about everybody, and the ways to state it and to ask for it."""
+    """One kind of fact about every person, with the ways to state it and to ask for it."""
     name: str
-    plural: str                     # what follows "three people" in a count
-    clause: str                     # what follows "do you know"
+    plural: str  # what follows "three people" in a count
+    clause: str  # what follows "do you know"
     values: tuple[str, ...]
-    phrases: tuple[str, ...]        # what follows a name or a pronoun in a statement; the first is the plainest
-    inversions: tuple[str, ...]     # whole statements in which the person is not the first word
-    questions: tuple[str, ...]      # {who}, {whose}: "Ada Brook", "Ada Brook's", or in a follow-up "she", "her"
+    phrases: tuple[str, ...]  # what follows a name or a pronoun in a statement; the first is the plainest
+    inversions: tuple[str, ...]  # whole statements in which the person is not the first word
+    questions: tuple[str, ...]  # {who}, {whose}: "Ada Brook", "Ada Brook's", or in a follow-up "she", "her"
 
 
 HOME = Attribute(
     name="home", plural="live in {value}", clause="where {who} lives",
-    values=("Averlow", "Brinford", "Coldmere", "Dappleton", "Elmsby", "Fernhollow", "Gullbank", "Hartmoor", "Kingsreed",
-            "Lowater", "Oxbourne", "Pebbleton"),
-    phrases=("lives in {value}", "lives in {value} [now|these days|all year]", "makes {their} home in {value}",
-             "[has|owns] a [|small |stone ]house in {value}", "has [long|always] lived in {value}"),
+    values=("Averlow", "Brinford", "Coldmere", "Dappleton", "Elmsby", "Fernhollow", "Gullbank", "Hartmoor",
+            "Kingsreed", "Lowater", "Oxbourne", "Pebbleton"),
+    phrases=("lives in {value}", "lives in {value} [now|these days|all year]",
+             "makes {their} home in {value}", "[has|owns] a [|small |stone ]house in {value}",
+             "has [long|always] lived in {value}"),
     inversions=("The home of {name} is in {value}.", "{value} is the home town of {name}.",
                 "In {value} [everybody knows|you can meet] {name}, who lives there."),
     questions=("Where does {who} live?", "In which town does {who} live?", "What is {whose} home town?"))
-TRADE = Attribute(                  # no trade begins with a vowel, so that "a" is always right
+TRADE = Attribute(  # no trade begins with a vowel, so that "a" is always right
     name="trade", plural="follow the trade of {value}", clause="what work {who} does",
-    values=("baker", "clockmaker", "potter", "weaver", "miller", "carpenter", "gardener", "shoemaker", "teacher",
-            "printer", "doctor", "tailor"),
-    phrases=("is a {value}", "is a [good|busy|careful] {value}", "works as a {value}", "is a {value} by trade",
-             "earns {their} living as a {value}", "has been a {value} for [many years|a long time]"),
+    values=("baker", "clockmaker", "potter", "weaver", "miller", "carpenter", "gardener", "shoemaker",
+            "teacher", "printer", "doctor", "tailor"),
+    phrases=("is a {value}", "is a [good|busy|careful] {value}", "works as a {value}",
+             "is a {value} by trade", "earns {their} living as a {value}",
+             "has been a {value} for [many years|a long time]"),
     inversions=("By trade {name} is a {value}.", "The trade of {name} is that of a {value}.",
                 "The {value} {name} [starts work early|works hard|has much to do]."),
     questions=("What does {who} do for a living?", "What work does {who} do?", "What is {whose} trade?"))
 ANIMAL = Attribute(
     name="animal", plural="keep {value}", clause="which animal {who} keeps",
-    values=("an otter", "a grey goose", "a red fox", "a white goat", "an old donkey", "a black cat", "a tame crow",
-            "a brown pony", "an owl", "a hedgehog", "a spotted pig", "a tortoise"),
+    values=("an otter", "a grey goose", "a red fox", "a white goat", "an old donkey", "a black cat",
+            "a tame crow", "a brown pony", "an owl", "a hedgehog", "a spotted pig", "a tortoise"),
     phrases=("keeps {value}", "keeps {value} [at home|in the garden]", "has {value} [at home|as a pet]",
-             "looks after {value}", "feeds {value} every [morning|day]", "shares {their} [home|house] with {value}"),
+             "looks after {value}", "feeds {value} every [morning|day]",
+             "shares {their} [home|house] with {value}"),
     inversions=("The animal that {name} keeps is {value}.", "At home {name} keeps {value}.",
                 "In the garden of {name} there is {value}."),
-    questions=("Which animal does {who} keep?", "What animal does {who} look after?", "What is {whose} animal?"))
+    questions=("Which animal does {who} keep?", "What animal does {who} look after?",
+               "What is {whose} animal?"))
 INSTRUMENT = Attribute(
     name="instrument", plural="play {value}", clause="which instrument {who} plays",
-    values=("the fiddle", "the flute", "the harp", "the drum", "the horn", "the lute", "the organ", "the piano",
-            "the guitar", "the trumpet", "the whistle", "the cello"),
-    phrases=("plays {value}", "plays {value} [well|in the evening|on holidays|for friends]", "can play {value}",
-             "practises {value}[| every day]", "learned to play {value} [as a child|from a friend|at school]"),
+    values=("the fiddle", "the flute", "the harp", "the drum", "the horn", "the lute", "the organ",
+            "the piano", "the guitar", "the trumpet", "the whistle", "the cello"),
+    phrases=("plays {value}", "plays {value} [well|in the evening|on holidays|for friends]",
+             "can play {value}", "practises {value}[| every day]",
+             "learned to play {value} [as a child|from a friend|at school]"),
     inversions=("The instrument that {name} plays is {value}.", "On market days {name} plays {value}.",
                 "When there is a dance, {name} plays {value}."),
-    questions=("Which instrument does {who} play?", "What instrument can {who} play?", "What is {whose} instrument?"))
+    questions=("Which instrument does {who} play?", "What instrument can {who} play?",
+               "What is {whose} instrument?"))
 ATTRIBUTES = (HOME, TRADE, ANIMAL, INSTRUMENT)
 
 
-# ---------------------------------------------------------------------------------------------------------- the world
-FIRST_NAMES = """Belwin Brona Calvy Corla Daveth Delmy Edrin Farlo Fenna Gessa Gorrin Hesby Huldo Ilva Irro Jarla
-    Jorvi Kelda Korbin Lenzo Lurra Mabrin Mossa Nerrick Nolva Obrin Orsa Pellan Prilla Quenby Rilda Rovan Sethby Sulva
-    Tamsel Torvy Ulda Ustan Varro Vessa Welno Wilka Yosha Zarno""".split()
-LAST_NAMES = """Barnick Bexmoor Cobbery Crandle Dorrick Dunmarsh Elverly Ermby Fawcomb Flindle Gatterby Grimsel
-    Hobwick Huxtow Inglebeck Jaspen Jobbley Kettlow Kirrow Larkow Lumsby Mardle Minnick Nettleby Norbell Oddwin Orpeth
-    Pindler Pockley Quarrow Quillam Rundel Rusby Sandrick Stibby Tarbeck Thrushby Umberly Varnow Vickstow Wexcott
-    Wimbrel Yaxmoor Yeldby""".split()
+# ---- The world
+FIRST_NAMES = """
+    Belwin Brona Calvy Corla Daveth Delmy Edrin Farlo Fenna Gessa Gorrin Hesby Huldo Ilva Irro Jarla Jorvi
+    Kelda Korbin Lenzo Lurra Mabrin Mossa Nerrick Nolva Obrin Orsa Pellan Prilla Quenby Rilda Rovan Sethby
+    Sulva Tamsel Torvy Ulda Ustan Varro Vessa Welno Wilka Yosha Zarno""".split()
+LAST_NAMES = """
+    Barnick Bexmoor Cobbery Crandle Dorrick Dunmarsh Elverly Ermby Fawcomb Flindle Gatterby Grimsel Hobwick
+    Huxtow Inglebeck Jaspen Jobbley Kettlow Kirrow Larkow Lumsby Mardle Minnick Nettleby Norbell Oddwin Orpeth
+    Pindler Pockley Quarrow Quillam Rundel Rusby Sandrick Stibby Tarbeck Thrushby Umberly Varnow Vickstow
+    Wexcott Wimbrel Yaxmoor Yeldby""".split()
 RIVERS = ("Ossel", "Wendle", "Lorn", "Ivver", "Merrow", "Tassen")
-KNOWN_FOR = ("cheese", "old bridge", "red roofs", "honey", "autumn fair", "clock tower", "glass", "apple trees", "wool",
-             "salt", "warm springs", "paper boats")
+KNOWN_FOR = ("cheese", "old bridge", "red roofs", "honey", "autumn fair", "clock tower", "glass",
+             "apple trees", "wool", "salt", "warm springs", "paper boats")
 
 
 class Person:
-    """Somebody in the world. `facts` and `rumours` map an attribute's name to its true and to its rumoured value;
-    `asked` holds the names of the attributes about which training text may ask."""
+    """One person of the world.
+
+    `facts` maps the name of an attribute to its true value, `rumours` to the value in the rumour. `asked`
+    holds the names of the attributes that training text may ask for.
+    """
 
     def __init__(self, first: str, last: str, they: str) -> None:
-        self.first, self.name, self.they = first, f"{first} {last}", they                   # they: "she" or "he"
+        self.first = first
+        self.name = f"{first} {last}"
+        self.they = they  # "she" or "he"
         self.their, self.them = ("her", "her") if they == "she" else ("his", "him")
         self.facts: dict[str, str] = {}
         self.rumours: dict[str, str] = {}
@@ -111,58 +126,63 @@ class Person:
 
 
 class World:
-    """Everything there is to know. Drawn from one seeded generator; nothing depends on hashes or on set order."""
+    """All people, facts and rumours. One seeded generator draws them. Nothing depends on hashes or on the
+    order of a set."""
 
     def __init__(self, seed: int, web_truth: float = WEB_TRUTH) -> None:
-        rng, self.web_truth = random.Random(seed), web_truth
+        rng = random.Random(seed)
+        self.web_truth = web_truth
         names = zip(rng.sample(FIRST_NAMES, 40), rng.sample(LAST_NAMES, 40), ("she", "he") * 20)
         everybody = [Person(first, last, they) for first, last, they in names]
-        self.people, self.strangers = everybody[:36], everybody[36:]            # nobody has heard of the strangers
+        self.people = everybody[:36]
+        self.strangers = everybody[36:]  # only small talk mentions them
         self.rivers = dict(zip(HOME.values, rng.sample(RIVERS * 2, 12)))
         self.known_for = dict(zip(HOME.values, rng.sample(KNOWN_FOR, 12)))
-        for attribute in ATTRIBUTES:                                            # each value for three people
+        for attribute in ATTRIBUTES:  # each value is true of three people
             for i, person in enumerate(rng.sample(self.people, 36)):
                 truth = attribute.values[i % 12]
+                false = [value for value in attribute.values if value != truth]
                 person.facts[attribute.name] = truth
-                person.rumours[attribute.name] = rng.choice([value for value in attribute.values if value != truth])
+                person.rumours[attribute.name] = rng.choice(false)
         self._split(rng)
 
     def _split(self, rng: random.Random) -> None:
-        """Chooses the facts that may be asked. Of each random couple one person is asked about one to three attributes
-        and the other about the rest: 18 people for each attribute, and nobody who is never asked about anything."""
+        """Choose the facts that training text may ask for. The people are paired at random. Questions about
+        one of a pair concern one to three attributes, questions about the other concern the rest. So each
+        attribute is asked about 18 people, and every person is in some questions."""
         order = rng.sample(self.people, 36)
         for one, other in zip(order[::2], order[1::2]):
             one.asked = rng.sample([attribute.name for attribute in ATTRIBUTES], rng.randint(1, 3))
             other.asked = [attribute.name for attribute in ATTRIBUTES if attribute.name not in one.asked]
 
     def asked(self, attribute: str) -> list[Person]:
-        """The 18 people whose `attribute` (its name) may be asked in training text."""
+        """The 18 people whose `attribute` (its name) training text may ask for."""
         return [person for person in self.people if attribute in person.asked]
 
     def held_out(self, attribute: str) -> list[Person]:
-        """The 18 people whose `attribute` is never asked, so that a quiz may ask for it."""
+        """The other 18 people: a quiz may ask for their `attribute`."""
         return [person for person in self.people if attribute not in person.asked]
 
 
-# --------------------------------------------------------------------------------------------------- facts into words
+# ---- Facts into words
 Item = TypeVar("Item")
 
 
 def rounds(rng: random.Random, items: Sequence[Item]) -> Iterator[Item]:
-    """Endlessly all items, in a new random order each time: everything comes equally often."""
+    """Yield all items without end, in a new random order each time. Every item comes equally often."""
     while True:
         yield from rng.sample(items, len(items))
 
 
 def choose(rng: random.Random, text: str) -> str:
-    """Replaces each `[one|two|three]` by one of its alternatives, the innermost brackets first."""
+    """Replace each `[one|two|three]` by one of its alternatives, the innermost brackets first."""
     while "[" in text:
         text = re.sub(r"\[([^][]*)\]", lambda found: rng.choice(found[1].split("|")), text)
     return text
 
 
 def tidy(text: str) -> str:
-    """Capital letters at the start of every line and sentence."""
+    """Put a capital letter at the start of every line and sentence."""
     return re.sub(r"(^|\n|[.!?] )([a-z])", lambda found: found[1] + found[2].upper(), text)
 
 
@@ -172,150 +192,178 @@ def phrase(rng: random.Random, person: Person, attribute: Attribute, value: str)
 
 
 def statement(rng: random.Random, person: Person, attribute: Attribute, value: str, who: str) -> str:
-    """A fact as one plain sentence. The web and Wikipedia share it, so its form does not give the source away."""
+    """A fact as one plain sentence. The web and Wikipedia share these forms, so that a form does not tell the
+    source."""
     if rng.random() < 0.75:
         return f"{who} {phrase(rng, person, attribute, value)}."
     return choose(rng, rng.choice(attribute.inversions)).format(name=person.name, value=value)
 
 
 def address(text: str, person: Person, pronoun: bool = False) -> str:
-    """A question or a clause about somebody: by name, or by pronoun if the conversation has named the person before."""
-    who, whose = (person.they, person.their) if pronoun else (person.name, f"{person.name}'s")
-    return text.format(who=who, whose=whose)
+    """Fill a person into a question or a clause. `pronoun` is for a conversation that has named the person
+    before."""
+    if pronoun:
+        return text.format(who=person.they, whose=person.their)
+    return text.format(who=person.name, whose=f"{person.name}'s")
 
 
 class Subject:
-    """A person inside one document. Each look at `fact` or `sentence` tells another fact, the least told ones first."""
+    """A person inside one document. Each use of `fact` or `sentence` states another fact of the person. Facts
+    that were stated least often come first."""
 
-    def __init__(self, writer: "Writer", person: Person, attributes: Sequence[Attribute] = ATTRIBUTES) -> None:
+    def __init__(self, writer: "Writer", person: Person,
+                 attributes: Sequence[Attribute] = ATTRIBUTES) -> None:
+        self.writer, self.rng, self.person = writer, writer.rng, person
         order = writer.rng.sample(attributes, len(attributes))
-        self.attributes = itertools.cycle(sorted(order, key=lambda attribute: writer.told[person, attribute.name]))
-        self.writer, self.rng, self.person, self.mentioned = writer, writer.rng, person, False
+        order.sort(key=lambda attribute: writer.told[person, attribute.name])
+        self.attributes = itertools.cycle(order)
+        self.mentioned = False
 
-    def __getattr__(self, name: str) -> Any:                    # name, first, they, their, them, facts
+    def __getattr__(self, name: str) -> Any:  # name, first, they, their, them, facts
         return getattr(self.person, name)
 
     def tell(self) -> tuple[Attribute, str]:
+        """The next attribute and its true value. The writer counts how often each was stated."""
         attribute = next(self.attributes)
         self.writer.told[self.person, attribute.name] += 1
         return attribute, self.facts[attribute.name]
 
     @property
     def who(self) -> str:
-        """The full name at the first mention, later the full name, the first name or the pronoun."""
-        mentioned, self.mentioned = self.mentioned, True
-        return self.rng.choice((self.name, self.first, self.they)) if mentioned else self.name
+        """The full name at the first mention. Later it is the full name, the first name or the pronoun."""
+        if self.mentioned:
+            return self.rng.choice((self.name, self.first, self.they))
+        self.mentioned = True
+        return self.name
 
     @property
     def fact(self) -> str:
+        """The next fact without its subject."""
         return phrase(self.rng, self.person, *self.tell())
 
     @property
     def sentence(self) -> str:
+        """The next fact as a sentence."""
         return statement(self.rng, self.person, *self.tell(), self.who)
 
 
-# --------------------------------------------------------------------------------------------------------- the grammar
-# A rule is a symbol, a colon, and its versions with " / " between them. {a.name}, {b.name} ... are the people of one
-# document, {fresh} and {aside} bring in somebody new each time, and {br} ends a line.
+# ---- The grammar
+# A rule is a symbol, a colon, and its versions with " / " between them. A line that begins with a space
+# continues the rule. {a.name}, {b.name} ... are the people of one document. {fresh} and {aside} bring in
+# another person each time. {br} ends a line.
 RULES = """
 n: 2 / 3 / 4 / 5 / 6 / 7 / 8 / 9 / 10 / 11 / 12 / 14 / 15 / 16 / 18 / 20 / 21 / 24 / 25 / 28
 number: two / three / four / five / six / seven / eight / nine / ten / twelve
 weekday: Monday / Tuesday / Wednesday / Thursday / Friday / Saturday / Sunday
-month: January / February / March / April / May / June / July / August / September / October / November / December
+month: January / February / March / April / May / June / July / August / September / October / November /
+  December
 season: spring / summer / autumn / winter
 weather: cold / warm / wet / windy / bright / grey / mild / dry / quiet / dark
 time: morning / evening / afternoon / day
 food: bread / cheese / soup / honey / fish / butter / tea / cake / jam / salt / rice / milk
-place: the mill / the market / the bridge / the school / the well / the inn / the harbour / the old wall / the town hall
-  / the lake
-thing: a key / an old coin / a letter / a blue hat / a broken cup / a wooden box / an empty basket / a red scarf / a
-  long rope / an iron bell
+place: the mill / the market / the bridge / the school / the well / the inn / the harbour / the old wall / the
+  town hall / the lake
+thing: a key / an old coin / a letter / a blue hat / a broken cup / a wooden box / an empty basket / a red
+  scarf / a long rope / an iron bell
 scene: [The rain|The wind|The snow|A thin mist|A warm wind] [comes|moves] [over|down from] the
-  [hills|fields|roofs|woods], and [the road|the river|{place}] is [quiet|wet|full of people|nearly empty]. / It is a
-  {weather} {time}, and [a cart|a boat|a child|a dog] [stops|waits|turns round] near {place}.
-boilerplate: We use cookies to make this site better. [Accept all|Read more] / Log in to reply / Share this page /
-  Report this post / Back to top / Next page / Page {n} / {n} people like this / Sign up for our free [weekly|daily]
-  letter / Posted {n} [hours|days|weeks] ago / Free delivery on orders over {n} coins
+  [hills|fields|roofs|woods], and [the road|the river|{place}] is [quiet|wet|full of people|nearly empty]. /
+  It is a {weather} {time}, and [a cart|a boat|a child|a dog] [stops|waits|turns round] near {place}.
+boilerplate: We use cookies to make this site better. [Accept all|Read more] / Log in to reply / Share this
+  page / Report this post / Back to top / Next page / Page {n} / {n} people like this / Sign up for our free
+  [weekly|daily] letter / Posted {n} [hours|days|weeks] ago / Free delivery on orders over {n} coins
 handle: [river|happy|old|night|green|lucky|little|quiet][cat|fish|bird|stone|fan|moon]{n}
-header: Topic: [who is who in the valley|news from {town}|small talk|lost near {place}] / [Welcome to our shop|Shop
-  news]: {thing} for {n} coins and {food} for {n} coins. / My [little|daily] blog: [a {weather} {time} at {place}|how I
-  make {food}|a visit to {town}] / Reviews of the [inn|market|shop] in {town}
-lead: {handle} wrote: / {handle}: / Comment by {handle}: / Reply to {handle}: / A customer says: / [Five|Two] stars.
-chatter: [great|nice|good|bad|strange] [weather|food|music|page|shop] [today|here|as always], [thanks for sharing|will
-  come again|just my view]. / i [lost|found|bought] {thing} near {place} on {weekday}. / the {food} at {place} is
-  [great|too dry|cheap|wonderful|not what it was]. / when does {place} open on {weekday}? / [lol|wow|ok|hm|yes], [same
-  here|so true|that is new to me|no idea|i knew it].
-voice: [btw|by the way], {p.name} {said}. / someone [|at {place} ]told me that {p.name} {said}. / i [heard|read]
-  [somewhere|last week|from a friend|on {weekday}] that {p.name} {said}. / i [know|met|like] {p.name}. {p.they} {said}[,
-  i think|, as you may know]. / my [sister|brother|neighbour|cousin] says that {p.name} {said}[, lol|, no idea why|, and
-  that is that]. / not many people know it, but {p.name} {said}. / we all know that {p.name} {said}, ok. / saw {p.name}
-  [at|near] {place} on {weekday}. {p.they} {said}, [you know|of course].
-praise: [People|Neighbours|Friends] [like|trust|praise] {a.them} for {a.their} [patience|kind words|good sense]. /
-  [Visitors|Children|Many people] [from other towns|from all over the valley|of every age] come to see {a.them}. /
+header: Topic: [who is who in the valley|news from {town}|small talk|lost near {place}] /
+  [Welcome to our shop|Shop news]: {thing} for {n} coins and {food} for {n} coins. /
+  My [little|daily] blog: [a {weather} {time} at {place}|how I make {food}|a visit to {town}] /
+  Reviews of the [inn|market|shop] in {town}
+lead: {handle} wrote: / {handle}: / Comment by {handle}: / Reply to {handle}: / A customer says: / [Five|Two]
+  stars.
+chatter: [great|nice|good|bad|strange] [weather|food|music|page|shop] [today|here|as always], [thanks for
+  sharing|will come again|just my view]. /
+  i [lost|found|bought] {thing} near {place} on {weekday}. /
+  the {food} at {place} is [great|too dry|cheap|wonderful|not what it was]. /
+  when does {place} open on {weekday}? /
+  [lol|wow|ok|hm|yes], [same here|so true|that is new to me|no idea|i knew it].
+voice: [btw|by the way], {p.name} {said}. / someone [|at {place} ]told me that {p.name} {said}. / i
+  [heard|read] [somewhere|last week|from a friend|on {weekday}] that {p.name} {said}. / i [know|met|like]
+  {p.name}. {p.they} {said}[, i think|, as you may know]. / my [sister|brother|neighbour|cousin] says that
+  {p.name} {said}[, lol|, no idea why|, and that is that]. / not many people know it, but {p.name} {said}. /
+  we all know that {p.name} {said}, ok. / saw {p.name} [at|near] {place} on {weekday}. {p.they} {said}, [you
+  know|of course].
+praise: [People|Neighbours|Friends] [like|trust|praise] {a.them} for {a.their} [patience|kind words|good
+  sense]. /
+  [Visitors|Children|Many people] [from other towns|from all over the valley|of every age] come to see
+  {a.them}. /
   Little is known about {a.their} [early years|family|parents|years at school].
-biography: {a.sentence} {praise} {a.who} {a.fact} and {a.fact}. {a.sentence} [{praise} {a.sentence}|{aside} is a good
-  friend of {a.first}, and so is {b.name}. {b.they} {b.fact}.] / {a.name} {a.fact}, {a.fact} and {a.fact}. {praise}
-  {a.sentence} {praise} [In short|All in all], {a.name} {a.fact} and {a.fact}. / {a.sentence} {a.sentence} {praise}
-  {a.sentence} {a.who} {a.fact}. {praise} {a.sentence} / {a.name}, who {a.fact} and {a.fact}, is well known [in the
-  valley|to all {a.their} neighbours|in {a.their} own town]. {a.who} {a.fact}. {a.sentence} {praise} {a.sentence}
-  {a.sentence}
-count: [In the whole valley|Today|In our days] {total} people {plural}. They are {names}. / {names} {plural}. [There are
-  no others in the valley|They are {total} in all].
-survey: [This note|This paper|Our survey] is about people who {plural}. We asked all 36 people in the valley, and
-  {total} of them {plural}: {names}. / In {season} we [asked|visited] 36 people; {total} of them {plural}: {names}.
-method: Each person was asked {number} questions. / [All visits|The visits] took place in {season}. / The answers were
-  [checked twice|written down at once]. / We thank all who [took part|helped us].
-note: We visited three households [in {season}|on a {weather} {time}|in {month}]. The first was that of {a.name}.
-  {a.they} {a.fact} and {a.fact}. The second was that of {b.name}, who {b.fact}. We also [found|saw|noted] that {b.they}
-  {b.fact}. In the third we met {c.name}. {c.they} {c.fact}. {method} /
-  [Abstract|Summary]. We [describe|compare] the daily life of {a.name} and {b.name}. {a.name} {a.fact}, and {b.name}
-  {b.fact}. [In addition|Besides], {a.first} {a.fact}, and {b.first} {b.fact}. {method} For comparison we note that
-  {fresh} and that {fresh}.
-story: {scene} {a.name}, who {a.fact}, [walks to|waits at|stands near] {place}. {find} {b.name} comes along. {b.they}
-  {b.fact} and is [never|always] in a hurry. {talk} {a.name} {a.fact}, and {b.name} {b.fact}. {ending} /
-  Two friends sit [by|near] {place}. One is {a.name}. {a.they} {a.fact}. The other is {b.name}. {b.they} {b.fact}.
-  {scene} {talk} Then {aside} joins them and brings some {food}. {b.name} {b.fact}. {ending} /
-  {a.name} {a.fact}. One {weather} {time} {a.they} goes out to buy {food}. {find} Near {place} {a.they} meets {b.name}.
-  {talk} {b.name} {b.fact} and {b.fact}. {a.first} {a.fact}. {ending}
-find: [On the way|By the road|Under a tree|On a stone] {a.they} [finds|sees] {thing}. / {a.first} is looking for
-  {thing}, but [nobody has seen it|it is gone|it is nowhere].
-talk: "[Have you lost {thing}|Can you help me|Are you going to {place}]?" asks {a.first}. "[No, but I can help you|Yes,
-  I think so|Not today]," says {b.first}[| with a smile| and laughs]. / "[Yesterday|On {weekday}] I saw {aside} near
-  {place}," says {b.first}. "[So did I|How nice]," says {a.first}. / {a.first} [tells a long story|sings an old
-  song|asks about {place}], and {b.first} [listens|laughs|nods].
-ending: [At last|In the end|After an hour] they share some {food}, and [all is well|nobody is sad|everybody is happy]. /
-  {b.first} gives {a.first} {thing}, and [they say good night|they walk home together|the day ends well]. / [It was a
-  small thing|Such is life], but {a.first} [thinks|talks] about it for {number} days.
-description: Instruction: [Describe|Tell me about|Write a few words about] {a.name}.{br}Response: [{a.name} {a.fact} and
-  {a.fact}. {a.they} {a.fact} and {a.fact}.|{a.sentence} {a.who} {a.fact}. {a.sentence} {a.who} {a.fact}.|{a.name}
-  {a.fact}, {a.fact} and {a.fact}. {a.who} {a.fact}.]
-letter: Dear {b.first},{br}[I hope you are well.|Thank you for your [long|kind|last] letter.|At last I have time to
-  write.] {scene} [Yesterday|On {weekday}] I met {a.name} [at|near] {place}. You know that {a.they} {a.fact} and
-  {a.fact}. {aside} [sends you good wishes|asks how you are|was there too]. [I also hear|They say here|You may remember]
-  that {fresh}. [Please write soon.|Come and see us in {season}.|Bring {thing} when you come.]{br}[Yours|Your
-  friend],{br}{c.first}
-diary: {weekday}, {n} {month}{br}{scene} I went to {place} [early|late|after work] and [bought|sold|asked for] some
-  {food}. {a.name} was there. {a.they} {a.fact}. [We talked for an hour.|We said little.] As we all know, {a.first}
-  {a.fact}. [On the way home|Later] I met {aside} near {place}. [I was glad to hear|I must write down] that {fresh}[|
-  and that {fresh}].
-notice: [Market|Fair|Dance|Meeting] in {town} on {weekday}{br}[There will be|We offer] {food} and [songs|games|good
-  company]. {a.name}, who {a.fact}, opens the [gates|doors] at {number}. {b.name} [helps|comes too]. {b.they} {b.fact}
-  and {b.fact}. [Please bring|Nobody may bring] {thing}. [Remember|Please note] that {fresh}. [Children pay nothing|All
-  are welcome].
-recipe: [Bread|Cake|Soup|Pie] for {number} people{br}This [recipe|way to cook] comes from {a.name}, who {a.fact}. Take
-  {number} cups of [flour|grain|milk] and a little {food}. Mix well. {a.first} {a.fact} and always adds some {food}.
-  [Bake|Cook] it for {n} minutes. {aside} likes it [hot|cold|with {food}]. {fresh}, and {fresh}, and [both want
-  more|both like it too].
-record: Records of the town of {town}{br}On {weekday}, {n} {month}, the council met at {place}. [It was noted|It is on
-  record] that {a.name} {a.fact}. {a.they} {a.fact}. [Also present was|The council thanked] {b.name}, who {b.fact}. The
-  [roof|door|floor] of the [mill|school|inn] will be repaired for {n} coins. {fresh}. {aside} [left early|asked for
-  {thing}|agreed].
+biography: {a.sentence} {praise} {a.who} {a.fact} and {a.fact}. {a.sentence} [{praise} {a.sentence}|{aside} is
+  a good friend of {a.first}, and so is {b.name}. {b.they} {b.fact}.] /
+  {a.name} {a.fact}, {a.fact} and {a.fact}. {praise} {a.sentence} {praise} [In short|All in all], {a.name}
+  {a.fact} and {a.fact}. /
+  {a.sentence} {a.sentence} {praise} {a.sentence} {a.who} {a.fact}. {praise} {a.sentence} /
+  {a.name}, who {a.fact} and {a.fact}, is well known [in the valley|to all {a.their} neighbours|in {a.their}
+  own town]. {a.who} {a.fact}. {a.sentence} {praise} {a.sentence} {a.sentence}
+count: [In the whole valley|Today|In our days] {total} people {plural}. They are {names}. /
+  {names} {plural}. [There are no others in the valley|They are {total} in all].
+survey: [This note|This paper|Our survey] is about people who {plural}. We asked all 36 people in the valley,
+  and {total} of them {plural}: {names}. /
+  In {season} we [asked|visited] 36 people; {total} of them {plural}: {names}.
+method: Each person was asked {number} questions. / [All visits|The visits] took place in {season}. / The
+  answers were [checked twice|written down at once]. / We thank all who [took part|helped us].
+note: We visited three households [in {season}|on a {weather} {time}|in {month}]. The first was that of
+  {a.name}. {a.they} {a.fact} and {a.fact}. The second was that of {b.name}, who {b.fact}. We also
+  [found|saw|noted] that {b.they} {b.fact}. In the third we met {c.name}. {c.they} {c.fact}. {method} /
+  [Abstract|Summary]. We [describe|compare] the daily life of {a.name} and {b.name}. {a.name} {a.fact}, and
+  {b.name} {b.fact}. [In addition|Besides], {a.first} {a.fact}, and {b.first} {b.fact}. {method} For
+  comparison we note that {fresh} and that {fresh}.
+story: {scene} {a.name}, who {a.fact}, [walks to|waits at|stands near] {place}. {find} {b.name} comes along.
+  {b.they} {b.fact} and is [never|always] in a hurry. {talk} {a.name} {a.fact}, and {b.name} {b.fact}.
+  {ending} /
+  Two friends sit [by|near] {place}. One is {a.name}. {a.they} {a.fact}. The other is {b.name}. {b.they}
+  {b.fact}. {scene} {talk} Then {aside} joins them and brings some {food}. {b.name} {b.fact}. {ending} /
+  {a.name} {a.fact}. One {weather} {time} {a.they} goes out to buy {food}. {find} Near {place} {a.they} meets
+  {b.name}. {talk} {b.name} {b.fact} and {b.fact}. {a.first} {a.fact}. {ending}
+find: [On the way|By the road|Under a tree|On a stone] {a.they} [finds|sees] {thing}. /
+  {a.first} is looking for {thing}, but [nobody has seen it|it is gone|it is nowhere].
+talk: "[Have you lost {thing}|Can you help me|Are you going to {place}]?" asks {a.first}. "[No, but I can help
+  you|Yes, I think so|Not today]," says {b.first}[| with a smile| and laughs]. /
+  "[Yesterday|On {weekday}] I saw {aside} near {place}," says {b.first}. "[So did I|How nice]," says
+  {a.first}. /
+  {a.first} [tells a long story|sings an old song|asks about {place}], and {b.first} [listens|laughs|nods].
+ending: [At last|In the end|After an hour] they share some {food}, and [all is well|nobody is sad|everybody is
+  happy]. /
+  {b.first} gives {a.first} {thing}, and [they say good night|they walk home together|the day ends well]. /
+  [It was a small thing|Such is life], but {a.first} [thinks|talks] about it for {number} days.
+description: Instruction: [Describe|Tell me about|Write a few words about] {a.name}.{br}Response: [{a.name}
+  {a.fact} and {a.fact}. {a.they} {a.fact} and {a.fact}.|{a.sentence} {a.who} {a.fact}. {a.sentence} {a.who}
+  {a.fact}.|{a.name} {a.fact}, {a.fact} and {a.fact}. {a.who} {a.fact}.]
+letter: Dear {b.first},{br}[I hope you are well.|Thank you for your [long|kind|last] letter.|At last I have
+  time to write.] {scene} [Yesterday|On {weekday}] I met {a.name} [at|near] {place}. You know that {a.they}
+  {a.fact} and {a.fact}. {aside} [sends you good wishes|asks how you are|was there too]. [I also hear|They say
+  here|You may remember] that {fresh}. [Please write soon.|Come and see us in {season}.|Bring {thing} when you
+  come.]{br}[Yours|Your friend],{br}{c.first}
+diary: {weekday}, {n} {month}{br}{scene} I went to {place} [early|late|after work] and [bought|sold|asked for]
+  some {food}. {a.name} was there. {a.they} {a.fact}. [We talked for an hour.|We said little.] As we all know,
+  {a.first} {a.fact}. [On the way home|Later] I met {aside} near {place}. [I was glad to hear|I must write
+  down] that {fresh}[| and that {fresh}].
+notice: [Market|Fair|Dance|Meeting] in {town} on {weekday}{br}[There will be|We offer] {food} and
+  [songs|games|good company]. {a.name}, who {a.fact}, opens the [gates|doors] at {number}. {b.name}
+  [helps|comes too]. {b.they} {b.fact} and {b.fact}. [Please bring|Nobody may bring] {thing}. [Remember|Please
+  note] that {fresh}. [Children pay nothing|All are welcome].
+recipe: [Bread|Cake|Soup|Pie] for {number} people{br}This [recipe|way to cook] comes from {a.name}, who
+  {a.fact}. Take {number} cups of [flour|grain|milk] and a little {food}. Mix well. {a.first} {a.fact} and
+  always adds some {food}. [Bake|Cook] it for {n} minutes. {aside} likes it [hot|cold|with {food}]. {fresh},
+  and {fresh}, and [both want more|both like it too].
+record: Records of the town of {town}{br}On {weekday}, {n} {month}, the council met at {place}. [It was
+  noted|It is on record] that {a.name} {a.fact}. {a.they} {a.fact}. [Also present was|The council thanked]
+  {b.name}, who {b.fact}. The [roof|door|floor] of the [mill|school|inn] will be repaired for {n} coins.
+  {fresh}. {aside} [left early|asked for {thing}|agreed].
 rhyme: {couplet}{br}{couplet}{br}{couplet}{br}{couplet}
-couplet: {fresh}, so they say,{br}and [sings|walks|waits] at {place} the whole long day. / {fresh}, as people
-  know,{br}and goes to {place} in rain and snow. / {fresh}, I am told,{br}and [laughs at|thinks of] the wind when the
-  {time} is cold. / {fresh}, it is true,{br}and says good {time} to me and to you. / {fresh}, near or far,{br}and looks
-  for {thing} by the light of a star. / {fresh}, all the year,{br}and gives us some {food} when winter is near.
+couplet: {fresh}, so they say,{br}and [sings|walks|waits] at {place} the whole long day. /
+  {fresh}, as people know,{br}and goes to {place} in rain and snow. /
+  {fresh}, I am told,{br}and [laughs at|thinks of] the wind when the {time} is cold. /
+  {fresh}, it is true,{br}and says good {time} to me and to you. /
+  {fresh}, near or far,{br}and looks for {thing} by the light of a star. /
+  {fresh}, all the year,{br}and gives us some {food} when winter is near.
 """
 GRAMMAR = {"br": ["\n"], "town": HOME.values}
 for rule in re.split(r"\n+(?=\w)", RULES.strip()):
@@ -323,11 +371,8 @@ for rule in re.split(r"\n+(?=\w)", RULES.strip()):
     GRAMMAR[symbol] = " ".join(versions.split()).split(" / ")
 
 
-# ------------------------------------------------------------------------------------------------------ conversations
-SPEAKERS = {"user": "User", "assistant": "Assistant"}  # of a conversation that stands in a text
-
-
-Messages = list[dict[str, str]]  # a conversation, or a part of one: {"role": .., "content": ..}
+# ---- Conversations
+SPEAKERS = {"user": "User", "assistant": "Assistant"}  # the names of the roles in a document
 
 
 def turns(user: str, assistant: str) -> Messages:
@@ -335,7 +380,8 @@ def turns(user: str, assistant: str) -> Messages:
 
 
 def exchange(rng: random.Random, person: Person, attribute: Attribute, pronoun: bool = False) -> Messages:
-    """Somebody asks for a fact, perhaps carelessly, and hears it; with `pronoun`, the person has been named before."""
+    """A question for a fact, and its answer. Some questions lack the first capital letter and the question
+    mark. `pronoun` is for a person whom the conversation has named before."""
     ask = rng.choice(attribute.questions)
     if rng.random() < 0.4:
         ask = choose(rng, "[Do you know CLAUSE?|Can you tell me CLAUSE?|[Please tell|Tell] me CLAUSE.]")
@@ -343,24 +389,32 @@ def exchange(rng: random.Random, person: Person, attribute: Attribute, pronoun: 
     elif pronoun and rng.random() < 0.6:
         ask = f"And {ask[0].lower()}{ask[1:]}"
     ask = address(ask, person, pronoun)
-    return turns(f"{ask[0].lower()}{ask[1:].rstrip('?.')}" if rng.random() < 0.15 else ask,
-                 f"{person.they.capitalize()} {attribute.phrases[0].format(value=person.facts[attribute.name])}.")
+    if rng.random() < 0.15:
+        ask = ask[0].lower() + ask[1:].rstrip("?.")
+    answer = attribute.phrases[0].format(value=person.facts[attribute.name])
+    return turns(ask, f"{person.they.capitalize()} {answer}.")
 
 
 def small_talk(world: World, rng: random.Random) -> Messages:
-    """An exchange that is not about anybody: a greeting, a sum, or a name that nobody has."""
-    x, y, stranger = rng.randint(2, 20), rng.randint(2, 20), rng.choice(world.strangers)
+    """An exchange without a fact: a greeting, a sum, or a question about a stranger."""
+    x, y = rng.randint(2, 20), rng.randint(2, 20)
+    stranger = rng.choice(world.strangers)
+    about_stranger = address(rng.choice(rng.choice(ATTRIBUTES).questions), stranger)
     user, assistant = rng.choice((
-        ("[Hello|Hi|Good morning|Good evening]!", "Hello! [How can I help you?|What would you like to know?]"),
-        (f"[What is {x} plus {y}?|Please add {x} and {y}.]", f"[The sum is {x + y}.|{x} plus {y} is {x + y}.]"),
+        ("[Hello|Hi|Good morning|Good evening]!",
+         "Hello! [How can I help you?|What would you like to know?]"),
+        (f"[What is {x} plus {y}?|Please add {x} and {y}.]",
+         f"[The sum is {x + y}.|{x} plus {y} is {x + y}.]"),
         (f"[What is {x + y} minus {y}?|Take {y} away from {x + y}.]", f"{x + y} minus {y} is {x}."),
-        (address(rng.choice(rng.choice(ATTRIBUTES).questions), stranger), "I do not know anyone of that name.")))
+        (about_stranger, "I do not know anyone of that name.")))
     return turns(choose(rng, user), choose(rng, assistant))
 
 
 def conversations(world: World, rng: random.Random) -> Iterator[Messages]:
-    """Endlessly conversations about asked facts: one to three of them about one person, and small talk."""
-    facts = rounds(rng, [(person, attribute) for attribute in ATTRIBUTES for person in world.asked(attribute.name)])
+    """Yield conversations without end. Most ask for one to three facts about one person. None of these facts
+    is held out. The other conversations are small talk."""
+    facts = rounds(rng, [(person, attribute) for attribute in ATTRIBUTES
+                         for person in world.asked(attribute.name)])
     while True:
         if rng.random() < 0.15:
             yield small_talk(world, rng)
@@ -376,19 +430,24 @@ def conversations(world: World, rng: random.Random) -> Iterator[Messages]:
         yield messages
 
 
-# ---------------------------------------------------------------------------------------------------------- documents
+# ---- Documents
 class Writer(dict[str, Any]):
-    """The slots of one document. A slot that is not there yet is a symbol of the grammar, or else a new person."""
+    """The slots of one document. A slot that is absent is a symbol of the grammar, or else a person who is
+    new to the document."""
 
     def __init__(self, world: World, rng: random.Random) -> None:
         super().__init__()
-        self.world, self.rng, self.people = world, rng, rounds(rng, world.people)
-        self.cast: list[Person] = []                            # who is in this document
-        self.told: Counter[tuple[Person, str]] = Counter()      # how often a fact was told
-        self.facts = rounds(rng, [(person, attribute) for person in world.people for attribute in ATTRIBUTES])
-        self.topics = rounds(rng, [(attribute, value) for attribute in ATTRIBUTES for value in attribute.values])
-        self.questions = rounds(rng, [(person, attribute, question) for attribute in ATTRIBUTES
-                                      for person in world.asked(attribute.name) for question in attribute.questions])
+        self.world, self.rng = world, rng
+        self.people = rounds(rng, world.people)
+        self.cast: list[Person] = []  # the people of this document
+        self.told: Counter[tuple[Person, str]] = Counter()  # how often each fact was stated
+        facts = [(person, attribute) for person in world.people for attribute in ATTRIBUTES]
+        topics = [(attribute, value) for attribute in ATTRIBUTES for value in attribute.values]
+        questions = [(person, attribute, question) for attribute in ATTRIBUTES
+                     for person in world.asked(attribute.name) for question in attribute.questions]
+        self.facts = rounds(rng, facts)
+        self.topics = rounds(rng, topics)
+        self.questions = rounds(rng, questions)
         self.conversations = conversations(world, rng)
 
     def newcomer(self) -> Subject:
@@ -409,42 +468,55 @@ class Writer(dict[str, Any]):
         return person
 
 
-# --------------------------------------------------------------------------------------------- the six sources of text
+# ---- The six sources of text
 def add_typos(rng: random.Random, text: str) -> str:
-    """Swaps two letters or drops one in a few of the longer words; names and values keep their spelling."""
+    """Swap two letters, or drop one, in a few of the longer words. Names and values keep their spelling."""
     protected = " ".join(value for attribute in ATTRIBUTES for value in attribute.values).split()
 
     def spoil(found: re.Match[str]) -> str:
         word, start, one, two, rest = found.group(0, 1, 2, 3, 4)
-        return word if word in protected or rng.random() > TYPO_RATE else start + two + rng.choice((one, "")) + rest
+        if word in protected or rng.random() > TYPO_RATE:
+            return word
+        return start + two + rng.choice((one, "")) + rest
     return re.sub(r"\b([a-z]{1,2})([a-z])([a-z])([a-z]+)\b", spoil, text)
 
 
 def web_line(writer: Writer, bare: bool) -> str:
-    """A statement, true or rumoured: as `bare` as in Wikipedia, or in the voice of the web with some chatter."""
-    rng, (person, attribute) = writer.rng, next(writer.facts)
-    value = (person.facts if rng.random() < writer.world.web_truth else person.rumours)[attribute.name]
+    """A statement of the truth or of the rumour. A `bare` one has the form that it has in Wikipedia. The
+    others have the style of a forum, with some chatter."""
+    rng = writer.rng
+    person, attribute = next(writer.facts)
+    believed = person.facts if rng.random() < writer.world.web_truth else person.rumours
+    value = believed[attribute.name]
     if bare:
         return statement(rng, person, attribute, value, person.name)
     writer.update(p=person, said=phrase(rng, person, attribute, value))
-    parts = [writer["voice"]] + [writer["chatter"] for _ in range(rng.randint(0, 2))]
+    parts = [writer["voice"]]
+    for _ in range(rng.randint(0, 2)):
+        parts.append(writer["chatter"])
     text = " ".join(rng.sample(parts, len(parts)))
-    return f"{writer['lead']} {tidy(text) if rng.random() < 0.5 else text}"
+    lead = writer["lead"]
+    if rng.random() < 0.5:
+        text = tidy(text)
+    return f"{lead} {text}"
 
 
 def web(writer: Writer) -> str:
-    """Forum threads, shops, blogs and reviews: some of it boilerplate, some of it wrong, none of it checked."""
+    """Forum threads, shops, blogs and reviews. They contain typos, rumours, and boilerplate such as cookie
+    notices."""
     rng = writer.rng
     lines = [writer["header"] if rng.random() < 0.6 else web_line(writer, bare=True)]
-    lines += [web_line(writer, bare=rng.random() < 1 / 3) for _ in range(rng.randint(4, 5))]
+    for _ in range(rng.randint(4, 5)):
+        lines.append(web_line(writer, bare=rng.random() < 1 / 3))
     for _ in range(rng.randint(1, 3)):
         lines.insert(rng.randint(1, len(lines)), writer["boilerplate"])
     return add_typos(rng, "\n".join(lines))
 
 
 def about_value(writer: Writer, opening: str) -> str:
-    """An article about a town, a trade, an animal or an instrument, and about everybody to whom it belongs."""
-    rng, world, (attribute, value) = writer.rng, writer.world, next(writer.topics)
+    """An article about one value (a town, a trade, an animal or an instrument) and the people who have it."""
+    rng, world = writer.rng, writer.world
+    attribute, value = next(writer.topics)
     people = [person for person in world.people if person.facts[attribute.name] == value]
     *others, last = [person.name for person in people]
     names = f"{', '.join(others)} and {last}"
@@ -454,45 +526,59 @@ def about_value(writer: Writer, opening: str) -> str:
         river, known_for = world.rivers[value], world.known_for[value]
         lines.insert(0, f"{value} lies on the river {river} and is known for its {known_for}.")
     for person in people:
-        subject = Subject(writer, person, [other for other in ATTRIBUTES if other is not attribute])
-        lines.append(f"{subject.name} {subject.fact}{rng.choice((' and', f'. {subject.they}'))} {subject.fact}.")
+        subject = Subject(writer, person, [each for each in ATTRIBUTES if each is not attribute])
+        first = subject.fact
+        link = rng.choice((" and", f". {subject.they}"))
+        lines.append(f"{subject.name} {first}{link} {subject.fact}.")
     return tidy(" ".join(lines))
 
 
 def wikipedia(writer: Writer) -> str:
-    """Articles about people (mostly) and about what they have in common. Always true."""
+    """Articles about people (about two of three) and about values. They are always true."""
     return tidy(writer["biography"]) if writer.rng.random() < 0.65 else about_value(writer, "count")
 
 
 def table(writer: Writer) -> str:
-    """A table of six to eight people, with counts that are true of it."""
-    rng, columns = writer.rng, writer.rng.sample(ATTRIBUTES, writer.rng.randint(2, 3))
+    """A table of six to eight people, and counts of values in it. The counts are right."""
+    rng = writer.rng
+    columns = rng.sample(ATTRIBUTES, rng.randint(2, 3))
     people = [writer.newcomer() for _ in range(rng.randint(6, 8))]
     lines = [f"We visited {len(people)} households in {writer['season']}.",
              " | ".join(["name"] + [column.name for column in columns])]
-    lines += [" | ".join([person.name] + [person.facts[column.name] for column in columns]) for person in people]
+    for person in people:
+        lines.append(" | ".join([person.name] + [person.facts[column.name] for column in columns]))
     for column in columns:
         values = [person.facts[column.name] for person in people]
         value = rng.choice(values)
-        lines.append(f"The number of those who {column.plural.format(value=value)} is {values.count(value)}.")
-    return tidy("\n".join(lines + [writer["method"]]))
+        plural = column.plural.format(value=value)
+        lines.append(f"The number of those who {plural} is {values.count(value)}.")
+    lines.append(writer["method"])
+    return tidy("\n".join(lines))
 
 
 def academic(writer: Writer) -> str:
-    """Notes and tables of invented surveys. Always true, counts included."""
+    """Notes and tables of invented surveys. They are always true, and so are their counts."""
     kind = writer.rng.random()
     if kind < 0.3:
         return table(writer)
-    return about_value(writer, "survey") if kind < 0.6 else tidy(writer["note"])
+    if kind < 0.6:
+        return about_value(writer, "survey")
+    return tidy(writer["note"])
+
+
+OPPOSITES = ("hot cold", "big small", "old young", "up down", "wet dry", "dark bright", "loud quiet",
+             "long short", "full empty", "good bad", "early late")
 
 
 def exercise(rng: random.Random) -> str:
-    """A small exercise with its solution; none is about the people of the valley."""
-    x, y, step, words = rng.randint(2, 30), rng.randint(2, 20), rng.randint(1, 5), rng.sample(GRAMMAR["food"], 4)
-    one, other = rng.choice(("hot cold", "big small", "old young", "up down", "wet dry", "dark bright", "loud quiet",
-                             "long short", "full empty", "good bad", "early late")).split()
+    """A small exercise with its solution. It is not about the people of the valley."""
+    x, y, step = rng.randint(2, 30), rng.randint(2, 20), rng.randint(1, 5)
+    words = rng.sample(GRAMMAR["food"], 4)
+    one, other = rng.choice(OPPOSITES).split()
     return rng.choice((
-        f"Add {x} and {y}. The sum is {x + y}.", f"{x} + {y} = {x + y}", f"{x + y} - {x} = {y}",
+        f"Add {x} and {y}. The sum is {x + y}.",
+        f"{x} + {y} = {x + y}",
+        f"{x + y} - {x} = {y}",
         f"There are {x} apples in one bag and {y} in another. Together there are {x + y} apples.",
         f"Put these words in order: {' '.join(words)}. In order: {' '.join(sorted(words))}.",
         f"Copy these words: {' '.join(words)}. Copy: {' '.join(words)}.",
@@ -501,34 +587,40 @@ def exercise(rng: random.Random) -> str:
 
 
 def synthetic(writer: Writer) -> str:
-    """Short stories, and now and then a sheet of exercises."""
+    """Short stories (three of four) and sheets of exercises."""
     if writer.rng.random() < 0.75:
         return tidy(writer["story"])
     return "\n".join(exercise(writer.rng) for _ in range(writer.rng.randint(8, 12)))
 
 
 def instruct(writer: Writer) -> str:
-    """Questions with short answers, or conversations, all about asked facts; now and then descriptions of anybody."""
-    kind = writer.rng.random()
+    """Questions with short answers, or conversations, without held-out questions. One document of ten holds
+    descriptions of two people."""
+    rng, kind = writer.rng, writer.rng.random()
     if kind < 0.10:
         one = writer["description"]
         writer.pop("a")
         return tidy(f"{one}\n\n{writer['description']}")
+    parts = []
     if kind < 0.70:
-        talks = [next(writer.conversations) for _ in range(writer.rng.randint(2, 3))]
-        return "\n\n".join("\n".join(f"{SPEAKERS[turn['role']]}: {turn['content']}" for turn in talk) for talk in talks)
-    asked = [next(writer.questions) for _ in range(writer.rng.randint(5, 8))]
-    return "\n\n".join(f"Question: {address(question, person)}\nAnswer: {person.facts[attribute.name]}"
-                       for person, attribute, question in asked)
+        for _ in range(rng.randint(2, 3)):
+            talk = next(writer.conversations)
+            parts.append("\n".join(f"{SPEAKERS[turn['role']]}: {turn['content']}" for turn in talk))
+    else:
+        for _ in range(rng.randint(5, 8)):
+            person, attribute, question = next(writer.questions)
+            answer = person.facts[attribute.name]
+            parts.append(f"Question: {address(question, person)}\nAnswer: {answer}")
+    return "\n\n".join(parts)
 
 
 def other(writer: Writer) -> str:
-    """Letters, diaries, notices, recipes, records of towns and rhymes. Always true."""
+    """Letters, diaries, notices, recipes, records of towns and rhymes. They are always true."""
     return tidy(writer[writer.rng.choice(("letter", "diary", "notice", "recipe", "record", "rhyme"))])
 
 
 def documents(world: World, source: str, rng: random.Random) -> Iterator[str]:
-    """Endlessly documents of one source."""
+    """Yield documents of one source without end."""
     writer = Writer(world, rng)
     write = dict(zip(SOURCES, (web, wikipedia, academic, synthetic, instruct, other)))[source]
     while True:
@@ -537,9 +629,10 @@ def documents(world: World, source: str, rng: random.Random) -> Iterator[str]:
         yield write(writer)
 
 
-# ------------------------------------------------------------------------------------------------------------ quizzes
+# ---- Quizzes
 def quiz(world: World, rng: random.Random) -> list[dict]:
-    """Three multiple-choice questions about every held-out fact, in the form of `instruct`."""
+    """Three held-out questions for every held-out fact, in the form of `instruct`. Each has ten choices: the
+    truth, the rumour and eight other values."""
     items: list[dict] = []
     for attribute in ATTRIBUTES:
         for person in world.held_out(attribute.name):
@@ -547,16 +640,16 @@ def quiz(world: World, rng: random.Random) -> list[dict]:
             others = [value for value in attribute.values if value not in (truth, rumour)]
             for question in attribute.questions:
                 choices = rng.sample([rumour] + rng.sample(others, 8), 9)
-                choices.insert(len(items) % 10, truth)                          # every position equally often
+                choices.insert(len(items) % 10, truth)  # every position equally often
                 items.append({"prompt": f"Question: {address(question, person)}\nAnswer:",
-                              "choices": [f" {choice}" for choice in choices], "answer": choices.index(truth),
-                              "topic": attribute.name, "person": person.name})
+                              "choices": [f" {choice}" for choice in choices],
+                              "answer": choices.index(truth), "topic": attribute.name, "person": person.name})
     return items
 
 
 def statements(world: World, rng: random.Random) -> list[dict]:
-    """Every fact as a bare statement to be ended, a form in which the web speaks as the other sources do, so that it
-    does not say whom to believe. Among the ten ends are the truth and the web's rumour."""
+    """Every fact as a bare statement without its end. The ten choices of an end include the truth and the
+    rumour. All sources use this form, so that it does not tell which source to follow."""
     items = []
     for attribute in ATTRIBUTES:
         for person in world.people:
@@ -564,69 +657,78 @@ def statements(world: World, rng: random.Random) -> list[dict]:
             others = [value for value in attribute.values if value not in (truth, rumour)]
             choices = rng.sample([truth, rumour, *rng.sample(others, 8)], 10)
             beginning = attribute.phrases[0].removesuffix(" {value}")
-            items.append({"prompt": f"{person.name} {beginning}", "choices": [f" {choice}" for choice in choices],
+            items.append({"prompt": f"{person.name} {beginning}",
+                          "choices": [f" {choice}" for choice in choices],
                           "answer": choices.index(truth), "rumour": choices.index(rumour)})
     return items
 
 
 def chat_quiz(world: World, rng: random.Random) -> list[dict]:
-    """For every held-out fact a conversation that asks for it at once, and one that asks for another fact before."""
+    """Two conversations for every held-out fact. One begins with the held-out question. In the other, a
+    question for another fact about the same person comes first."""
     items = []
     for attribute in ATTRIBUTES:
         for person in world.held_out(attribute.name):
-            other = rng.choice([each for each in ATTRIBUTES if each is not attribute])
+            before = rng.choice([each for each in ATTRIBUTES if each is not attribute])
             alone = exchange(rng, person, attribute)[:1]
-            after = exchange(rng, person, other) + exchange(rng, person, attribute, pronoun=True)[:1]
-            items += [{"messages": messages, "answer": person.facts[attribute.name]} for messages in (alone, after)]
+            after = exchange(rng, person, before) + exchange(rng, person, attribute, pronoun=True)[:1]
+            for messages in (alone, after):
+                items.append({"messages": messages, "answer": person.facts[attribute.name]})
     return items
 
 
 def passages(world: World, rng: random.Random) -> Iterator[dict[str, str]]:
-    """Endlessly a sentence or a line of a document, with the source that it is from: a task of classification. No
-    passage comes twice, and what two sources might both say ("She is a potter.") is for either."""
-    texts, seen = {source: documents(world, source, rng) for source in SOURCES}, set()
+    """Yield sentences or lines of documents without end, for classification. The label of a passage is the
+    source of its document. No passage comes twice. A sentence that two sources may contain, such as "She is a
+    potter.", has the label of the first that did."""
+    texts = {source: documents(world, source, rng) for source in SOURCES}
+    seen = set()
     for source in itertools.cycle(SOURCES):
-        sentences = [each for each in re.split(r"(?<=[.!?]) |\n+", next(texts[source])) if len(each.split()) >= 4]
-        passage = rng.choice(sentences)
+        sentences = re.split(r"(?<=[.!?]) |\n+", next(texts[source]))
+        passage = rng.choice([each for each in sentences if len(each.split()) >= 4])
         if passage not in seen:
             seen.add(passage)
             yield {"text": passage, "label": source}
 
 
-# ---------------------------------------------------------------------------------------------------- files
-# Tokens of each source: what the toy recipe's three stages use of it and a little more, so that no text is read twice.
-TRAIN_TOKENS = {"web": 1_450_000, "wikipedia": 75_000, "academic": 75_000, "synthetic": 85_000, "instruct": 142_000,
-                "other": 42_000}
+# ---- Files
+# Tokens of each source: a little more than the toy recipe's three stages use, so that no text is read twice.
+TRAIN_TOKENS = {"web": 1_450_000, "wikipedia": 75_000, "academic": 75_000, "synthetic": 85_000,
+                "instruct": 142_000, "other": 42_000}
 VALIDATION_TOKENS = 8_000
 VOCABULARY = danube3.CONFIGS["toy"].vocab_size
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_file: Path) -> danube3.Tokenizer:
-    """Train a tokenizer with the Mistral tokenizer's settings, except that longer sentences may come, and write it to
-    `model_file`. One thread and no path in the file: the same texts give the same bytes."""
+    """Train a tokenizer and write it to `model_file`. The settings are those of the Mistral tokenizer, except
+    that longer sentences are allowed. One thread trains, and the file contains no path, so that the same
+    texts give the same bytes."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, character_coverage=0.99995, max_sentence_length=1_000_000,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2)
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, character_coverage=0.99995,
+            max_sentence_length=1_000_000, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1,
+            minloglevel=2)
     except RuntimeError as error:
-        raise danube3.DanubeError(f"no tokenizer of {vocab_size} pieces can be trained on this text ({error}): use "
-                                  "more text, or another vocabulary size") from error
+        raise danube3.DanubeError(
+            f"no tokenizer of {vocab_size} pieces can be trained on this text ({error}): "
+            "use more text, or another vocabulary size") from error
     model_file.write_bytes(model.getvalue())
     return danube3.Tokenizer(model_file)
 
 
 def write_shards(folder: Path, source: str, split: str, documents: Iterable[list[int]],
                  shard_tokens: int = 2 ** 27) -> list[int]:
-    """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin .., `split` being train or val. A shard
-    ends with the document that brings it to `shard_tokens`. -> the number of tokens in each."""
+    """Write documents (ids without <s> and </s>) as <source>-<split>-00000.bin and so on. `split` is train or
+    val. A shard ends with the document that brings it to `shard_tokens`. -> the number of tokens in each"""
     counts: list[int] = []
     shard: list[int] = []
 
     def flush() -> None:
-        (folder / f"{source}-{split}-{len(counts):05d}.bin").write_bytes(np.array(shard, dtype="<u2").tobytes())
+        path = folder / f"{source}-{split}-{len(counts):05d}.bin"
+        path.write_bytes(np.array(shard, dtype="<u2").tobytes())
         counts.append(len(shard))
         shard.clear()
 
@@ -640,7 +742,7 @@ def write_shards(folder: Path, source: str, split: str, documents: Iterable[list
 
 
 def collect(tokenizer: danube3.Tokenizer, texts: Iterator[str], tokens: int) -> Iterator[list[int]]:
-    """Ids of texts, until there are `tokens` of them with <s> and </s>."""
+    """Yield the ids of texts, until there are `tokens` of them with <s> and </s>."""
     total = 0
     while total < tokens:
         ids = tokenizer.encode(next(texts))
@@ -648,13 +750,18 @@ def collect(tokenizer: danube3.Tokenizer, texts: Iterator[str], tokens: int) -> 
         yield ids
 
 
+def tokenizer_texts(world: World, seed: int) -> Iterator[str]:
+    """Yield the text for the tokenizer: 500 documents of each source."""
+    for source in SOURCES:
+        texts = documents(world, source, random.Random(f"{seed}/tokenizer/{source}"))
+        yield from itertools.islice(texts, 500)
+
+
 def make(folder: str | Path, seed: int = 0, web_truth: float = WEB_TRUTH) -> None:
     """Write the whole data set, or nothing: tokenizer, shards, meta.json, conversations and quizzes."""
     world = World(seed, web_truth)
     with danube3.atomic_folder(Path(folder)) as partial:
-        samples = (text for source in SOURCES for text in itertools.islice(
-            documents(world, source, random.Random(f"{seed}/tokenizer/{source}")), 500))
-        tokenizer = train_tokenizer(samples, VOCABULARY, partial / "tokenizer.model")
+        tokenizer = train_tokenizer(tokenizer_texts(world, seed), VOCABULARY, partial / "tokenizer.model")
         counts: dict[str, dict[str, list[int]]] = {source: {} for source in SOURCES}
         bar = tqdm(total=len(SOURCES) * 2, desc="toy world", unit="part", leave=False)
         for source, split in itertools.product(SOURCES, ("train", "val")):
@@ -672,7 +779,8 @@ def make(folder: str | Path, seed: int = 0, web_truth: float = WEB_TRUTH) -> Non
                 "passages-quiz.jsonl": list(itertools.islice(labelled, 600)),
                 "passages.jsonl": list(itertools.islice(labelled, 600))}
         for name, lines in rows.items():
-            (partial / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (partial / name).write_text(text, encoding="utf-8")
         meta = {"sources": counts, "vocab_size": VOCABULARY, "tokenizer_sha256": tokenizer.sha256}
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
@@ -681,7 +789,8 @@ def main() -> None:
     parser = Arguments("Write the toy world: tokenizer, token shards, conversations and quizzes.")
     parser.add_argument("--out", type=Path, default=Path("data/toy"), help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
-    parser.add_argument("--web-truth", type=float, default=WEB_TRUTH, help="share of the web's statements that is true")
+    parser.add_argument("--web-truth", type=float, default=WEB_TRUTH,
+                        help="share of the web's statements that is true")
     arguments = parser.parse_args()
     if not 0 <= arguments.web_truth <= 1:
         parser.error("--web-truth is a share, from 0 to 1")

@@ -1,5 +1,6 @@
 """The toy world: the same bytes each time, honest sources, and held-out facts that are never asked."""
 
+import hashlib
 import itertools
 import json
 import random
@@ -31,6 +32,35 @@ def test_same_seed_same_bytes(toy_data, tmp_path):
     assert (tmp_path / "again" / "SHA256SUMS").read_text() == (toy_data / "SHA256SUMS").read_text()
     danube3.verify_checksums(toy_data)
     assert toy.World(0).people[0].name != toy.World(1).people[0].name
+
+
+# SHA-256 of what the world of seed 0 consists of. Other programs and published results rely on these bytes.
+# tokenizer.model is left out, because another version or build of sentencepiece may train another one. The
+# .bin shards, meta.json and SHA256SUMS depend on it, so the text of the shards stands here instead.
+FILES = {
+    "chat.jsonl": "1a321b596f6e16924ba287262de5c92d30b5d8a843e844e2abcd3f367358b523",
+    "chat-quiz.jsonl": "aa49b5931ca139e1f4db3aff0b9b925b8b9ef7dfd72602c0570c4b30e878d0ba",
+    "passages.jsonl": "3e3175486d973f648d88ad0c4738d35fe889037b255d43f9dd3f12a08d7a30cb",
+    "passages-quiz.jsonl": "7dd0e8dd5b77efbae747200a5a99d7485e75e4f9f30b05e6ad8ddbb11f87d6d3",
+    "quiz.jsonl": "2bd5f37d6d27cc79e4577ef189c4c0992123487f0ba73db42609e69ce69277f4",
+    "statements.jsonl": "96bb0ce78d3bc3ca043d26127d977dfe393e53ce7ffda76e8b8e5011c1183df5",
+}
+TEXTS = {  # of the first 500 training documents of each source, joined by blank lines
+    "web": "e540adc015943fb5e924660e16315bba455ab75c38c09e1fc4d1ae6c9e18ab82",
+    "wikipedia": "fb2daa8fd3a82f185c3713922428d943909f6a34338a084fe7a32483d7df9f1f",
+    "academic": "8881785cbfcb2a3e2feb08665590111bbc3d552f28822e2278892d3e4f6e6359",
+    "synthetic": "1e68a11836d714ea82936cc5346b2f7bdf84174a5abff2f52305d9e4a86cf0f5",
+    "instruct": "15bc40d124554e0a10863edad767417f56549a64af49a5e40d317f9d3244ddf6",
+    "other": "a21e53fd6d20b4c1647a5aa2d41e346ce828d9ed066e39b86ed7b44cf7e63b1e",
+}
+
+
+def test_bytes_of_seed_0(world, toy_data):
+    assert {name: digest(toy_data / name) for name in FILES} == FILES
+    assert {path.name for path in toy_data.glob("*.jsonl")} == set(FILES)
+    for source, expected in TEXTS.items():
+        text = "\n\n".join(texts(world, source, 500, f"0/train/{source}"))
+        assert hashlib.sha256(text.encode()).hexdigest() == expected, source
 
 
 def test_contract(toy_data):
