@@ -29,8 +29,9 @@ def test_mypy_is_given_every_program():
 
 
 # Lines of each file, at most.
-LINES = {"danube3.py": 1_650, "train.py": 480, "sample.py": 450, "quantize.py": 450, "read.py": 250}
-SHORT = [path for path in PROGRAMS if path.name in LINES]  # prepare.py, toy.py, experiment.py are still wider
+LINES = {"danube3.py": 1_650, "train.py": 480, "sample.py": 450, "quantize.py": 450, "read.py": 250,
+         "prepare.py": 400}
+SHORT = [path for path in PROGRAMS if path.name in LINES]  # toy.py, experiment.py are still wider
 DENSE = (ast.IfExp, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp, ast.NamedExpr, ast.Lambda)
 
 
