@@ -308,7 +308,7 @@ def arguments() -> argparse.Namespace:
     stages.add_argument("--sequence-length", type=positive, help="tokens of a sequence")
     stages.add_argument("--layers", type=positive, help="fewer layers than the configuration's: to try out")
     chat = parser.add_argument_group("supervised fine-tuning on conversations")
-    chat.add_argument("--chat", type=Path, nargs="+", metavar="JSONL", help="conversations, or labelled texts")
+    chat.add_argument("--chat", type=Path, nargs="+", metavar="JSONL", help="conversations or labelled texts")
     chat.add_argument("--epochs", type=positive, help="how often each conversation is read [1]")
     chat.add_argument("--batch-size", type=positive, help="conversations of one optimizer step [16]")
     chat.add_argument("--lora", type=positive, metavar="RANK", help="train LoRA adapters of this rank")

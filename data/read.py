@@ -194,8 +194,10 @@ class TokenData:
         with reading(path):
             meta = danube3.read_json(path)
             same = meta["tokenizer_sha256"] == self.tokenizer.sha256 == (tokenizer or self.tokenizer).sha256
-            require(same and self.tokenizer.vocab_size <= self.vocab_size,
-                    f"{folder} was made with another tokenizer: choose other data")
+            require(same, f"{folder} was made with another tokenizer: choose other data")
+            size = self.tokenizer.vocab_size
+            require(size <= self.vocab_size, f"{folder}: its tokenizer has {size:,} pieces, and the model "
+                    f"{self.vocab_size:,}: choose another")
             require(meta["sources"], f"{path} names no sources: make the data again")
             for name in meta["sources"]:
                 for split in ("train", "val"):
@@ -226,7 +228,8 @@ class TokenData:
     def count_blocks(self, name: str, split: str) -> int:
         """The number of blocks of a source, at least 1."""
         count = self.blocks.get((name, split), 0)
-        require(count, f"{self.folder}: source {name!r} ({split}) is missing or too short: add text")
+        more = ", or use a larger --val with data/prepare.py" if split == "val" else ""
+        require(count, f"{self.folder}: source {name!r} ({split}) is missing or too short: add text{more}")
         return count
 
     def read(self, blocks: list[tuple[str, str, int]]) -> Batch:

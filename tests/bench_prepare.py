@@ -1,9 +1,9 @@
 """Speed and memory of data/prepare.py: `python tests/bench_prepare.py [folder of text]`, a few minutes.
 
-The whole program on two processes, from text to the finished folder, against a plain loop of sentencepiece's encode
+The whole program with two threads, from text to the finished folder, against a plain loop of sentencepiece's encode
 over the same files on one core. They alternate, since a shared machine's speed changes from minute to minute. The
 median of the ratios of neighbours counts; where other programs use the same cores, only that of processor times.
-Memory is summed over all processes (PSS: pages that they share are counted once).
+Memory is that of all its processes (PSS: pages that they share are counted once).
 """
 
 import argparse
@@ -81,11 +81,12 @@ def run_plain(texts, tokenizer):
 
 
 def measure(args, scratch):
-    texts, tokenizer = scratch / "texts", prepare.find_tokenizer(args.tokenizer)
+    texts, tokenizer = scratch / "texts", prepare.find_tokenizer(args.tokenizer, {}, scratch)
     texts.mkdir()
     copy_texts(args.folder, texts)
-    records = prepare.Source("web", [str(texts)], "text").records()
-    documents = [document for record in records for document in prepare.documents(record, "text")]
+    source = prepare.Source("web", "text")
+    source.add(str(texts))
+    documents = [text.decode() for _, (text,) in source.documents(prepare.DOCUMENT_BYTES)]
     size = sum(len(document.encode()) for document in documents)
     print(f"{size / 1e6:.0f} MB in {len(documents):,} documents from {args.folder}")
     ratios, costs, speeds = [], [], []
@@ -95,7 +96,7 @@ def measure(args, scratch):
         ratios.append(plain / seconds)
         costs.append(cost / plain_cost)
         speeds.append(size / seconds / 1e6)
-        print(f"plain loop {size / plain / 1e6:.2f} MB/s; prepare.py with {args.workers} processes, start to end, "
+        print(f"plain loop {size / plain / 1e6:.2f} MB/s; prepare.py with {args.workers} threads, start to end, "
               f"{speeds[-1]:.2f} MB/s = {ratios[-1]:.2f}x with {costs[-1]:.2f}x the processor time; "
               f"peak {peak / 1e6:.0f} MB", flush=True)
     print(f"median {statistics.median(speeds):.2f} MB/s, {statistics.median(ratios):.2f}x the plain loop, with "

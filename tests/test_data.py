@@ -287,7 +287,7 @@ def damage(folder, how):
         ("broken meta", "meta.json .* damaged .*: copy it again"),
         ("no source", r"source 'b' \(val\) is missing or too short: add text"),
         ("other tokenizer", "made with another tokenizer: choose other data"),
-        ("small vocabulary", "made with another tokenizer: choose other data"),
+        ("small vocabulary", "its tokenizer has 330 pieces, and the model 300: choose another"),
     ],
 )
 def test_damaged_data(folder, how, words):
