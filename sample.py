@@ -238,9 +238,9 @@ def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> d
             "macro accuracy": sum(shares.values()) / len(labels), "random baseline": 1 / len(labels),
             **shares}
 
-def greedy_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]],
-                   max_new_tokens: int = 64, batch_size: int = 64) -> list[tuple[str, bool]]:
-    """The model's greedy answer to each conversation, and whether it ended with a stop token."""
+def answer_all(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]],
+               max_new_tokens: int = 64, batch_size: int = 64, **sampling: Any) -> list[tuple[str, bool]]:
+    """The model's answer to each conversation, and whether it ended with a stop token."""
     by_length: dict[int, list[tuple[int, list[int]]]] = {}  # prompts of equal length need no padding
     for number, messages in enumerate(conversations):
         prompt, _ = danube3.render_chat(messages, tokenizer, add_generation_prompt=True)
@@ -250,7 +250,7 @@ def greedy_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[lis
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start:start + batch_size]
             input_ids = torch.tensor([prompt for _, prompt in batch], device=model.device)  # [B, T]
-            outputs = danube3.generate(model, input_ids, max_new_tokens).tolist()
+            outputs = danube3.generate(model, input_ids, max_new_tokens, **sampling).tolist()
             for (number, prompt), ids in zip(batch, outputs):
                 end = length  # of the answer: its first stop token
                 while end < len(ids) and ids[end] not in model.stop_ids:
@@ -260,15 +260,17 @@ def greedy_answers(model: Danube3, tokenizer: Tokenizer, conversations: list[lis
 
 LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word; Chinese and Japanese have no spaces between words
 
-def generative_evaluation(model: Danube3, tokenizer: Tokenizer, questions: list[dict]) -> dict[str, float]:
-    """Greedy answers to {"messages", "answer"}: the share that contain the right one as words, by turn, and
-    the share that end with a stop token."""
+def generative_evaluation(model: Danube3, tokenizer: Tokenizer, questions: list[dict],
+                          **sampling: Any) -> dict[str, float]:
+    """Answers to {"messages", "answer"}, greedy unless `sampling` says otherwise: the share that contain the
+    right one as words, by turn, and the share that end with a stop token."""
     for number, question in enumerate(questions, start=1):
         with numbered(number):
             check_question(question)
             answer = question.get("answer")
             require(isinstance(answer, str) and answer.strip(), 'its "answer" must be text')
-    answers = greedy_answers(model, tokenizer, [question["messages"] for question in questions])
+    conversations = [question["messages"] for question in questions]
+    answers = answer_all(model, tokenizer, conversations, **sampling)
     right: dict[int, list[bool]] = {}
     for question, (text, _) in zip(questions, answers):
         turn = (len(question["messages"]) + 1) // 2

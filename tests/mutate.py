@@ -33,7 +33,7 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     QuantizedLinear QuantizedEmbedding use_quantized_modules search_scales gptq
     remix memory_bytes choose_checkpointing adjust dequantize_model
     ChatSession sliding_windows text_perplexity continuation_log_likelihoods encode_choice choice_log_likelihoods
-    multiple_choice classification greedy_answers generative_evaluation
+    multiple_choice classification answer_all generative_evaluation
     sample_sequences gram gptq_model bits_for interleave_heads gguf_blocks
     token_count positive read_jsonl check_turns conversation_of""".split()
 MODULES = ("danube3", "train", "sample", "quantize", "data.read")  # which hold them

@@ -190,7 +190,7 @@ def combine_adapters(first, second, weights=(1.0, 1.0)):
     both.lora_B.weight.data = torch.cat(scaled, dim=1).detach()
     return both
 """)],
-    "calibration": [before("def greedy_answers(", """
+    "calibration": [before("def answer_all(", """
 def calibration_error(confidence, right, bins=10):
     members = {}
     for c, r in zip(confidence, right):
@@ -198,7 +198,7 @@ def calibration_error(confidence, right, bins=10):
         members.setdefault(b, []).append(c - r)
     return sum(abs(sum(gaps)) for gaps in members.values()) / len(right)
 """)],
-    "paired-difference": [before("def greedy_answers(", """
+    "paired-difference": [before("def answer_all(", """
 def paired_difference(right_a, right_b):
     differences = np.array(right_a, dtype=float) - np.array(right_b, dtype=float)
     return differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))

@@ -856,13 +856,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tokenizer, tmp_path):
             os.kill(pid, signal.SIGKILL)
 
 
-def test_greedy_answers_are_those_of_single_prompts(tokenizer):
+def test_answer_all_are_those_of_single_prompts(tokenizer):
     """Batches of equal length change nothing. Whether an answer ended with a stop token is reported."""
     model = random_model(dataclasses.replace(TINY, max_position_embeddings=128))
     conversations = [messages_of(talk)[:-1] for talk in TALKS] * 2 + [
         [{"role": "user", "content": s}] for s in SENTENCES
     ]
-    answers = sample.greedy_answers(model, tokenizer, conversations, 12, batch_size=3)
+    answers = sample.answer_all(model, tokenizer, conversations, 12, batch_size=3)
     for messages, (text, ended) in zip(conversations, answers):
         ids, did_end = greedy_answer(model, tokenizer, messages)
         prompt = danube3.render_chat(messages, tokenizer, add_generation_prompt=True)[0]
@@ -879,7 +879,7 @@ def test_greedy_answers_are_those_of_single_prompts(tokenizer):
 )
 def test_scores_of_the_chat_quiz(answers, score, tokenizer, tmp_path, monkeypatch):
     """An answer is right if it contains the expected one as whole words."""
-    monkeypatch.setattr(sample, "greedy_answers", lambda *args: [(text, i > 0) for i, text in enumerate(answers)])
+    monkeypatch.setattr(sample, "answer_all", lambda *args: [(text, i > 0) for i, text in enumerate(answers)])
     one, two = messages_of(TALKS[0])[:1], messages_of(TALKS[1])[:3]
     items = [{"messages": m, "answer": a} for m, a in ((one, "Oxley"), (one, "the horn"), (two, "the horn"))]
     path = write_jsonl(tmp_path / "quiz.jsonl", items)

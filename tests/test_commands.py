@@ -170,7 +170,7 @@ def test_the_example_from_python(workspace, monkeypatch, capsys):
     assert len(blocks) == 1
     monkeypatch.chdir(workspace)
     exec(blocks[0], {})
-    assert "Where does Nolva Crandle live?" in capsys.readouterr().out
+    assert "Where does Orsa Tarbeck live?" in capsys.readouterr().out
 
 
 def test_commands_were_found():

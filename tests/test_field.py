@@ -756,7 +756,7 @@ def test_conversations_with_a_label(tmp_path):
 def test_answers_of_other_scripts(answer, text, right, folder, monkeypatch):
     """litellm 35984: Chinese and Japanese have no spaces between words. OCR-D 225: accents in two forms."""
     model, tokenizer = danube3.load_checkpoint(folder)
-    monkeypatch.setattr(sample, "greedy_answers", lambda *args: [(text, True)])
+    monkeypatch.setattr(sample, "answer_all", lambda *args, **_: [(text, True)])
     question = {"messages": TALKS[0]["messages"][:1], "answer": answer}
     assert sample.generative_evaluation(model, tokenizer, [question])["right in turn 1"] == right
 

@@ -39,6 +39,7 @@ def test_same_seed_same_bytes(toy_data, tmp_path):
 # .bin shards, meta.json and SHA256SUMS depend on it, so the text of the shards stands here instead.
 FILES = {
     "chat.jsonl": "1a321b596f6e16924ba287262de5c92d30b5d8a843e844e2abcd3f367358b523",
+    "descriptions.jsonl": "afcd9a778cbe13b17f4f1ba2acf8ecf9839efe677b946c2bcbc55d44a2e496d5",
     "chat-quiz.jsonl": "aa49b5931ca139e1f4db3aff0b9b925b8b9ef7dfd72602c0570c4b30e878d0ba",
     "passages.jsonl": "3e3175486d973f648d88ad0c4738d35fe889037b255d43f9dd3f12a08d7a30cb",
     "passages-quiz.jsonl": "7dd0e8dd5b77efbae747200a5a99d7485e75e4f9f30b05e6ad8ddbb11f87d6d3",
