@@ -678,8 +678,8 @@ def chat_quiz(world: World, rng: random.Random) -> list[dict]:
 
 
 def descriptions(world: World, rng: random.Random) -> Iterator[Messages]:
-    """Yield requests to describe a person without end, each with its answer, as in the source `instruct`. They
-    state all facts, held-out ones too. A model that is also fine-tuned on them forgets less."""
+    """Yield requests to describe a person without end, each with its answer, as in the source `instruct`.
+    They state all facts, held-out ones too. A model that is also fine-tuned on them forgets less."""
     writer = Writer(world, rng)
     while True:
         writer.clear()

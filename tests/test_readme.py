@@ -87,6 +87,10 @@ def sections():
     return {i: (start, end - start) for i, (start, end) in enumerate(zip(starts, [*starts[1:], len(lines) + 1]), 1)}
 
 
+def test_the_readme_stays_short():
+    assert len(README.encode()) <= 15_000 and len(README.splitlines()) <= 220
+
+
 def test_length_of_the_file():
     whole = round(len((ROOT / "danube3.py").read_text().splitlines()), -1)
     assert f"`danube3.py` has {whole:,} lines" in one_line(README)
