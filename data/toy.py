@@ -703,7 +703,7 @@ def passages(world: World, rng: random.Random) -> Iterator[dict[str, str]]:
 
 
 # ---- Files
-# Tokens of each source: a little more than the toy recipe's three stages use, so that no text is read twice.
+# Tokens of each source: a little more than the toy's three stages use, so that no text is read twice.
 TRAIN_TOKENS = {"web": 1_450_000, "wikipedia": 75_000, "academic": 75_000, "synthetic": 85_000,
                 "instruct": 142_000, "other": 42_000}
 VALIDATION_TOKENS = 8_000

@@ -57,7 +57,7 @@ TINY = danube3.DanubeConfig(
 
 
 def random_model(config, seed=0, dtype=torch.float32):
-    """A model whose norm gains are random too: with gains of one, a kernel that ignores them would pass."""
+    """A model whose norm weights are random too: with ones, code that ignores them would pass."""
     model = danube3.Danube3.new(config, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in model.parameters():

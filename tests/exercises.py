@@ -37,13 +37,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
-    "test_rms_norm": "kernels",
-    "test_rotary_embedding": "kernels",
-    "test_rotary_depends_on_distance_only": "kernels",
-    "test_grouped_query_attention": "kernels",
-    "test_cross_entropy": "kernels",
-    "test_whole_model_and_its_gradient": "kernels",
-    "test_generation_against_the_twin": "kernels",
+    "test_rms_norm": "building_blocks",
+    "test_rotary_embedding": "building_blocks",
+    "test_rotary_depends_on_distance_only": "building_blocks",
+    "test_grouped_query_attention": "building_blocks",
+    "test_cross_entropy": "building_blocks",
+    "test_whole_model_and_its_gradient": "building_blocks",
+    "test_generation_against_the_twin": "building_blocks",
     "test_cache_equals_no_cache": "model",
     "test_a_later_token_changes_nothing_before_it": "model",
     "test_gradient_accumulation_changes_nothing": "training",

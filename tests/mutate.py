@@ -37,7 +37,7 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     sample_sequences gram gptq_model bits_for interleave_heads gguf_blocks
     token_count positive read_jsonl check_turns conversation_of""".split()
 MODULES = ("danube3", "train", "sample", "quantize", "data.read")  # which hold them
-FILES = "kernels twins model data config tokenizer training checkpoint chat quantize".split()
+FILES = "building_blocks twins model data config tokenizer training checkpoint chat quantize".split()
 FAST_TESTS = [f"tests/test_{name}.py" for name in FILES]
 SLOW = """published 4b twenty fifty command kill interrupt resum overwritten flags finite compiled validation
     micro_batch_size_may sample plan pipe ctrl fp16 half_precision peft warm cannot help scores cache_of_one
