@@ -186,7 +186,7 @@ def plot_curves(out: Path, training: TrainConfig) -> None:
             mixture_axes.bar(start, share, end - start, below, align="edge", color=f"C{i}", edgecolor="white")
     for end in training.stage_ends[:-1]:
         loss_axes.axvline(end, color="0.4", linestyle=":", linewidth=1)
-    loss_axes.set(ylabel="loss per token (lines: training; dots: validation)")
+    loss_axes.set(ylabel="loss per token (dots: validation)")
     loss_axes.legend(ncols=4, fontsize=8)
     figure.savefig(out / "curves.png", dpi=120)
     print(f"curves in {out / 'curves.png'}")

@@ -35,9 +35,12 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     ChatSession sliding_windows text_perplexity continuation_log_likelihoods encode_choice choice_log_likelihoods
     multiple_choice classification answer_all generative_evaluation
     sample_sequences gram gptq_model bits_for interleave_heads gguf_blocks
-    token_count positive read_jsonl check_turns conversation_of""".split()
-MODULES = ("danube3", "train", "sample", "quantize", "data.read")  # which hold them
-FILES = "building_blocks twins model data config tokenizer training checkpoint chat quantize".split()
+    token_count positive read_jsonl check_turns conversation_of
+    sync locked verify_checksums read_config read_stop_ids read_tokenizer require_weights read_weights load_adapters
+    load_checkpoint cut file_rows documents_of Source encode encode_all spool select write_shards
+    tokens_needed""".split()
+MODULES = ("danube3", "train", "sample", "quantize", "data.read", "data.prepare")  # which hold them
+FILES = "building_blocks twins model data config tokenizer training checkpoint field chat quantize prepare".split()
 FAST_TESTS = [f"tests/test_{name}.py" for name in FILES]
 SLOW = """published 4b twenty fifty command kill interrupt resum overwritten flags finite compiled validation
     micro_batch_size_may sample plan pipe ctrl fp16 half_precision peft warm cannot help scores cache_of_one
