@@ -929,7 +929,7 @@ def locked(path: Path) -> Iterator[None]:
 def write_checksums(folder: Path) -> None:
     """Write SHA256SUMS, as `sha256sum -c` reads it, and wait until the whole folder is on disk."""
     sums = folder / "SHA256SUMS"
-    files = sorted(set(folder.iterdir()) - {sums})
+    files = sorted(set(filter(Path.is_file, folder.iterdir())) - {sums})
     sums.write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
     for path in [*files, sums, folder]:
         sync(path)
@@ -942,10 +942,11 @@ def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".json
     for line in lines:
         checksum, _, name = line.partition(" ")
         path = folder / name[1:]  # after " ", or "*" for binary
-        if skip in name:
+        if skip in name or not line.strip():
             continue
         with reading(path):
-            intact = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum)
+            intact = path.is_file() and (path.stat().st_size > largest
+                                         or file_sha256(path) == checksum.lower())
             require(intact, f"{path} is missing or damaged, says SHA256SUMS: copy the folder again (or "
                     "remove the line there if you changed the file)")
 
@@ -1006,7 +1007,7 @@ def read_config(folder: Path) -> DanubeConfig:
         for field in fields(DanubeConfig):
             value = raw.get(field.name)
             if isinstance(value, list):  # several end tokens (see read_stop_ids): </s> is the lowest
-                value = min(value)
+                value = min(value, default=None)
             if value not in (None, -1):  # -1: none
                 values[field.name] = value
         return DanubeConfig(**values)
@@ -1042,6 +1043,7 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
             added[token["content"]] = token["id"]
         for token, token_id in added.items():
             known = token_id < tokenizer.vocab_size and tokenizer.sp.id_to_piece(token_id) == token
+            known |= token in str(settings.get("pad_token"))  # padding occurs in no text
             require(known, f"{folder}/tokenizer.model lacks {token!r}: use the model's")
     return tokenizer
 
@@ -1441,12 +1443,13 @@ def load_adapters(model: Danube3, folder: Path) -> Danube3:
     with reading(path):
         config = read_json(path)
         plain = config["peft_type"] == "LORA" and not any(map(config.get, NOT_PLAIN))
-        plain &= config.get("init_lora_weights") in (None, True, False, "gaussian", "eva")  # others alter W
+        plain &= config.get("init_lora_weights") in (None, True, False, "gaussian", "eva", "orthogonal")
         require(plain, f"{path} is not plain LoRA: merge those adapters into their base with peft")
         rank, alpha = config["r"], config["lora_alpha"]
         valid = type(rank) is int and 0 < rank < 2**16 and math.isfinite(alpha)
         require(valid, f"{path}: r or lora_alpha is wrong")
         for name in {name.partition(".lora_")[0] for name in weights}:
+            require(name in linears, f"{folder} changes {name} too: merge those adapters with peft")
             model.set_submodule(name, LoRALinear(linears[name], rank, alpha).to(model.device))
         adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
         fits = bool(weights) and weights.keys() == adapters

@@ -152,7 +152,7 @@ class Source:
                 continue
             with reading(Path(name)), open(name, "rb") as raw:
                 if name.lower().endswith(".parquet"):
-                    yield from data_set_rows(name, "parquet", data_files=name)
+                    yield from data_set_rows(name, "parquet", data_files=glob.escape(name))
                 else:
                     file = gzip.open(raw) if name.lower().endswith(".gz") else raw
                     yield from file_rows(file, name, self.field)
@@ -189,7 +189,7 @@ def encode_all(documents: Iterator[Document], tokenizer: Tokenizer, workers: int
     with ThreadPoolExecutor(workers) as pool:
         for document in documents:
             batch.append(document)
-            size += sum(map(len, document[1]))
+            size += 200 + sum(map(len, document[1]))  # a short document needs memory too
             if size >= BATCH_BYTES:
                 begun.append(pool.submit(encode, batch, tokenizer))
                 batch, size = [], 0
@@ -248,7 +248,7 @@ def select(entries: np.ndarray, split: str, threshold: int, first: int = 0, end:
 def write_shards(folder: Path, name: str, path: Path, args: argparse.Namespace) -> tuple[dict, dict]:
     """Write the missing shards of a source. Validation gets the documents with a second half of the digest
     below a threshold: args.val of them, but one at least, and not all. -> tokens of shards; documents"""
-    entries, ids = np.memmap(path, ENTRY, "r"), np.memmap(path.with_suffix(".ids"), "<u2", "r")
+    entries, ids = np.memmap(path, ENTRY, "r"), np.asarray(np.memmap(path.with_suffix(".ids"), "<u2", "r"))
     lowest, highest, kept = int(entries["low"].min()), int(entries["low"].max()), 0
     require(lowest < highest, f"source {name!r} has only one document: add one, to train on and to validate")
     threshold = min(max(int(args.val * 2**64), lowest + 1), highest)
@@ -304,15 +304,15 @@ def prepare(sources: dict[str, Source], args: argparse.Namespace) -> None:
         state[f"--{name.replace('_', '-')}"] = getattr(args, name)
     partial.mkdir(parents=True, exist_ok=True)
     with danube3.locked(partial):
+        work.mkdir(exist_ok=True)
+        begun = danube3.read_json(work / "state.json")
+        changed = [key for key in sorted({*state, *begun}) if state.get(key) != begun.get(key)]
+        require(not begun or not changed, f"{partial} was begun with another "
+                f"{', another '.join(changed)}: give the same command, or remove that folder")
         if not meta.is_file():  # else only checksums and the last name are missing
-            work.mkdir(exist_ok=True)
-            begun = danube3.read_json(work / "state.json")
             if not begun:
                 write_whole(model, find_tokenizer(args.tokenizer, sources, work).content)
                 write_whole(work / "state.json", json.dumps(state).encode())
-            changed = [key for key in sorted({*state, *begun}) if state.get(key) != begun.get(key)]
-            require(not begun or not changed, f"{partial} was begun with another "
-                    f"{', another '.join(changed)}: give the same command, or remove that folder")
             tokenizer, counts, numbers = Tokenizer(model), {}, {}
             for name, source in sources.items():
                 entries = spool(source, work, tokenizer, args.workers)
@@ -320,18 +320,19 @@ def prepare(sources: dict[str, Source], args: argparse.Namespace) -> None:
             content = {"sources": counts, "vocab_size": tokenizer.vocab_size,
                        "tokenizer_sha256": tokenizer.sha256, "read": numbers}
             write_whole(meta, f"{json.dumps(content, indent=2)}\n".encode())
-        shutil.rmtree(work, ignore_errors=True)
         danube3.write_checksums(partial)
+        shutil.rmtree(work, ignore_errors=True)
         partial.rename(args.out)
         danube3.sync(args.out.parent)
 
 def tokens_needed(total: int, fraction: float) -> dict[str, int]:
-    """Tokens of each source that a run of `total` reads, and a fraction for validation besides."""
+    """Tokens of each source that a run of `total` reads, and a fraction for validation besides. A million at
+    least, for several documents."""
     needed: dict[str, float] = dict.fromkeys(danube3.SOURCES, 0.0)
     for stage in danube3.TRAIN_CONFIGS["500m"].with_tokens(total).stages:
         for name, weight in stage.mixture.items():
             needed[name] += stage.tokens * weight / sum(stage.mixture.values())
-    return {name: int(tokens / (1 - fraction)) + 1 for name, tokens in needed.items()}
+    return {name: max(2**20, int(tokens / (1 - fraction)) + 1) for name, tokens in needed.items()}
 
 def report(args: argparse.Namespace) -> None:
     """Print what was written, and a command that trains on it, or else what it lacks."""
@@ -342,16 +343,17 @@ def report(args: argparse.Namespace) -> None:
         documents, duplicates = meta["read"][name].values()
         total += train
         print(f"{name:16}{documents:>14,}{duplicates:>14,}{train:>18,}{val:>16,}{shards:>8,}")
-    hint = ""
-    for config in ("toy", "500m"):  # the last one that it fits
+    small = meta["vocab_size"] <= danube3.CONFIGS["toy"].vocab_size
+    for config in ("500m", "toy") if small else ("500m",):  # the first one that it fits
         training = danube3.TRAIN_CONFIGS[config]
         number = read.short_count(max(args.tokens or total, training.tokens_per_step))
         try:
             data = read.TokenData(args.out, danube3.CONFIGS[config], training.sequence_length)
             danube3.StagedData(data, training.with_tokens(read.token_count(number)))
             hint = f"try: python train.py --config {config} --data {folder} --tokens {number}"
+            break
         except DanubeError as error:
-            hint = hint or f"train.py needs more: {error}"
+            hint = f"train.py needs more: {error}"
     print(hint)
 
 def arguments() -> argparse.Namespace:
@@ -375,15 +377,13 @@ def arguments() -> argparse.Namespace:
         valid = re.fullmatch(r"[a-z0-9_-]+=(hub:[^:]+(:[^:]*(:[^:]+)?)?|(?!hub:).+)", text, re.DOTALL)
         require(valid, f"{text!r} is not SOURCE=PATTERN, the source in small letters, digits, - and _")
     require(not args.out.exists(), f"{args.out} already exists: remove it, or choose another --out")
-    if args.open:
-        args.inputs = [f"{name}={pattern}" for name, pattern in OPEN.items()]
     return args
 
 def main() -> None:
     args = arguments()
     sources: dict[str, Source] = {}
     needed = tokens_needed(args.tokens, args.val) if args.open else {}
-    for text in args.inputs:
+    for text in args.inputs or map("=".join, OPEN.items()):
         name, _, pattern = text.partition("=")
         sources.setdefault(name, Source(name, args.text_field, needed.get(name))).add(pattern)
     try:

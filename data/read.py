@@ -95,7 +95,7 @@ def token_count(text: str) -> int:
 def short_count(number: float) -> str:
     """1234567 -> 1.23M"""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:  # 999,999 is 1M, not 1000k
             return f"{number / size:.3g}{letter}"
     return f"{number:.0f}"
 

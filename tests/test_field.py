@@ -778,3 +778,29 @@ def test_prompts_from_windows(folder, monkeypatch):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(piped)))
         answers.append(call("sample.py", folder, "-", "--temperature", 0, "--max-new-tokens", 5).stdout)
     assert answers[0] == answers[1]
+
+
+def test_an_added_padding_token(folder):
+    """The commonest change to a tokenizer. No text holds it, and it is never a target."""
+    change_json(folder / "tokenizer_config.json", pad_token="<pad>", added_tokens_decoder={"330": {"content": "<pad>"}})
+    assert PROGRAMS["complete"](folder).returncode == 0
+    pad = {"content": "<pad>", "special": True}
+    change_json(folder / "tokenizer_config.json", pad_token=pad)
+    assert PROGRAMS["complete"](folder).returncode == 0
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"330": {"content": "<|im_end|>"}})
+    assert "lacks '<|im_end|>'" in one_line_error(PROGRAMS["complete"](folder))
+
+
+def test_adapters_on_the_head(adapters):
+    """llama.cpp 3651: more than the linear layers of decoder layers was trained."""
+    path = adapters / "adapter_model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    weights |= {f"base_model.model.lm_head.lora_{letter}.weight": torch.ones(4, 64) for letter in "AB"}
+    danube3.write_tensors(path, weights)
+    assert "changes lm_head too: merge those adapters" in one_line_error(PROGRAMS["complete"](adapters))
+
+
+@pytest.mark.parametrize("number, text", [(999_499, "999k"), (999_999, "1M"), (999_600_000, "1B"), (999, "999")])
+def test_counts_that_round_up(number, text):
+    """They are read again: data/prepare.py prints a command with such a count."""
+    assert read.short_count(number) == text and read.token_count(text)

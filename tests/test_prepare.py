@@ -241,8 +241,9 @@ def test_open_sources_stop_at_their_share(tmp_path, tokenizer, monkeypatch, smal
         datasets.Dataset.from_dict(texts).to_parquet(tmp_path / source / "rows.parquet")
     assert list(prepare.OPEN) == list(danube3.SOURCES) and all(p.startswith("hub:") for p in prepare.OPEN.values())
     monkeypatch.setattr(prepare, "OPEN", {source: f"hub:{tmp_path / source}" for source in danube3.SOURCES})
-    needed = prepare.tokens_needed(4_000_000, 0.1)
-    assert abs(sum(needed.values()) - 4_000_000 / 0.9) < 10 and list(needed) == list(danube3.SOURCES)
+    needed = prepare.tokens_needed(10**9, 0.1)
+    assert abs(sum(needed.values()) - 10**9 / 0.9) < 10 and list(needed) == list(danube3.SOURCES)
+    assert set(prepare.tokens_needed(10**5, 0.1).values()) == {2**20}
     needed = {source: 3_000 for source in needed} | {"other": 10**6}
     monkeypatch.setattr(prepare, "tokens_needed", lambda *args: needed)
     for n in (1, 3):
@@ -646,4 +647,18 @@ def test_the_hint_says_what_is_missing(tmp_path, tokenizer):
     assert hint.startswith("train.py needs more: ") and "source 'wikipedia'" in hint and "add text" in hint
     huge_tokenizer(tmp_path / "big.model", 40_000)
     hint = last_line(tmp_path / "big", tmp_path / "big.model", f"web={many}")
-    assert "its tokenizer has 40,000 pieces, and the model 1,024: choose another" in hint
+    assert "its tokenizer has 40,000 pieces, and the model 32,000: choose another" in hint
+
+
+def test_another_command_after_the_last_shard(tmp_path, tokenizer, corpus, monkeypatch):
+    """Killed while checksums are written: the same command ends the work, another one is refused."""
+    folder, _ = corpus
+    write = danube3.write_checksums
+    monkeypatch.setattr(danube3, "write_checksums", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    flags = ("--tokenizer", tokenizer.model_file, "--out", tmp_path / "out")
+    assert "interrupted" in one_line_error(start(*flags, f"web={folder}"))
+    monkeypatch.setattr(danube3, "write_checksums", write)
+    assert "was begun with another --val" in one_line_error(start(*flags, "--val", 0.3, f"web={folder}"))
+    assert start(*flags, f"web={folder}").returncode == 0
+    danube3.verify_checksums(tmp_path / "out")
+    assert not (tmp_path / "out" / "spool").exists()
