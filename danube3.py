@@ -903,8 +903,10 @@ def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     try:
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     except OSError:  # Windows and some network disks sync no folders
         if path.is_file():
             raise

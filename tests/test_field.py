@@ -709,9 +709,15 @@ def test_network_disks(call_that_fails, folder, monkeypatch):
 def test_a_file_that_cannot_be_synced_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     monkeypatch.setattr(danube3.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    opened = len(list(danube3.Path("/proc/self/fd").glob("*")))  # 0 where there is no /proc
     danube3.sync(tmp_path)
     with pytest.raises(OSError, match="Input/output error"):
         danube3.sync(tmp_path / "file")
+    with danube3.locked(tmp_path):
+        for _ in range(3):
+            with pytest.raises(danube3.DanubeError, match="in use by another program"), danube3.locked(tmp_path):
+                pass
+    assert len(list(danube3.Path("/proc/self/fd").glob("*"))) == opened
 
 
 @pytest.mark.parametrize("content", ["Caf\u00e9".encode("utf-16"), "Caf\u00e9".encode("latin-1"), b"\x1f\x8b\x08"])
