@@ -116,10 +116,11 @@ def test_defaults_of_older_folders(saved):
 
     path = saved[0] / "config.json"
     for entries in ({}, dict.fromkeys(("head_dim", "num_key_value_heads"))):
-        change_json(path, head_dim=None, num_key_value_heads=None, initializer_range=None, rope_theta=None)
+        change_json(path, head_dim=None, num_key_value_heads=None, initializer_range=None, rope_theta=None,
+                    rms_norm_eps=None, max_position_embeddings=None)  # fmt: skip
         path.write_text(json.dumps({**danube3.read_json(path), **entries}))
         ours, theirs = danube3.read_config(saved[0]), LlamaConfig.from_pretrained(saved[0])
-        for name in ("head_dim", "num_key_value_heads", "initializer_range"):
+        for name in ("head_dim", "num_key_value_heads", "initializer_range", "rms_norm_eps", "max_position_embeddings"):
             assert getattr(ours, name) == getattr(theirs, name)
         assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 10_000.0
 

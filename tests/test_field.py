@@ -676,7 +676,7 @@ def test_checksums_of_other_programs(folder):
     """sha256sum on Windows writes `*name`. A file that was edited is named, with the way out."""
     danube3.write_checksums(folder)
     sums = folder / "SHA256SUMS"
-    sums.write_text(sums.read_text().replace("  ", " *"))
+    sums.write_text("\n" + sums.read_text().replace("  ", " *").replace("\n", "\n\n"))
     danube3.load_checkpoint(folder)
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
     line = one_line_error(PROGRAMS["complete"](folder))
