@@ -1039,13 +1039,17 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     fits = special == (config.bos_token_id, config.eos_token_id) and tokenizer.vocab_size <= config.vocab_size
     require(fits, f"{folder}/tokenizer.model has more tokens, or other ids of <s>, </s>: use the model's")
     with reading(path):
+        pad = settings.get("pad_token")
+        if isinstance(pad, dict):
+            pad = pad["content"]
+        used = f"{tokenizer.chat_template} {settings.get('eos_token')}"
         for token_id, token in settings.get("added_tokens_decoder", {}).items():
             added[token["content"]] = int(token_id)
         for token in fast.get("added_tokens", []):
             added[token["content"]] = token["id"]
         for token, token_id in added.items():
             known = token_id < tokenizer.vocab_size and tokenizer.sp.id_to_piece(token_id) == token
-            known |= token in str(settings.get("pad_token"))  # padding occurs in no text
+            known |= token == pad and token not in used  # for padding only: it occurs in no text
             require(known, f"{folder}/tokenizer.model lacks {token!r}: use the model's")
     return tokenizer
 

@@ -793,7 +793,19 @@ def test_an_added_padding_token(folder):
     pad = {"content": "<pad>", "special": True}
     change_json(folder / "tokenizer_config.json", pad_token=pad)
     assert PROGRAMS["complete"](folder).returncode == 0
-    change_json(folder / "tokenizer_config.json", added_tokens_decoder={"330": {"content": "<|im_end|>"}})
+    end = {"330": {"content": "<|im_end|>"}}
+    change_json(folder / "tokenizer_config.json", added_tokens_decoder=end)
+    assert "lacks '<|im_end|>'" in one_line_error(PROGRAMS["complete"](folder))
+    change_json(folder / "tokenizer_config.json", pad_token=None)
+    assert "lacks '<|im_end|>'" in one_line_error(PROGRAMS["complete"](folder))
+
+
+@pytest.mark.parametrize("use", [{"chat_template": CHATML}, {"eos_token": "<|im_end|>"}])
+@pytest.mark.parametrize("pad", ["<|im_end|>", {"content": "<|im_end|>"}])
+def test_a_padding_token_that_also_ends_messages(pad, use, folder):
+    """ChatML models pad with the token that ends a message: it is used, so it cannot be ignored."""
+    changes = {"added_tokens_decoder": {"330": {"content": "<|im_end|>"}}, "pad_token": pad, **use}
+    change_json(folder / "tokenizer_config.json", **changes)
     assert "lacks '<|im_end|>'" in one_line_error(PROGRAMS["complete"](folder))
 
 
