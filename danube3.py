@@ -1,8 +1,8 @@
 """H2O-Danube3 (arXiv 2407.09276) in one file, from tokens to a quantized chat model.
 
-These models of 500 million and 4 billion parameters have the Llama architecture. They are
-pre-trained in three stages: noisy web text gives way to cleaner text from stage to stage. train.py,
-sample.py and quantize.py use this file, which is read from top to bottom.
+The models of 500 million and 4 billion parameters have the Llama architecture. In three stages
+of pre-training, noisy web text gives way to cleaner text. train.py, sample.py and quantize.py
+use this file, which is read from top to bottom.
 
 Letters in shape comments; "[B, T, D]" is a shape, "[]" a number, N any number:
 
@@ -72,7 +72,7 @@ def reading(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise DanubeError(f"{path} is missing or damaged ({reason}): copy it again") from error
 
-# ==== 1. Configuration ==================================================================
+# ==== 1. Configuration ====
 
 @dataclass(frozen=True)
 class DanubeConfig:
@@ -84,10 +84,10 @@ class DanubeConfig:
     num_attention_heads: int  # H
     num_key_value_heads: int  # K
     head_dim: int  # h
-    initializer_range: float  # standard deviation of the initial weights
+    initializer_range: float  # standard deviation of initial weights
     vocab_size: int = 32_000  # V
     max_position_embeddings: int = 8_192  # the context: the longest sequence
-    rope_theta: float = 100_000.0  # base of the rotary frequencies (section 3)
+    rope_theta: float = 100_000.0  # base of the rotary frequencies
     rms_norm_eps: float = 1e-5
     bos_token_id: int = 1  # <s> begins a document
     eos_token_id: int = 2  # </s> ends one
@@ -106,7 +106,7 @@ class DanubeConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of pre-training. The mixture gives each **source** (a dataset, or domain) a weight."""
+    """A stage of pre-training. Its mixture gives each **source** (dataset or domain) a weight."""
     name: str
     tokens: int
     mixture: dict[str, int]
@@ -114,13 +114,13 @@ class Stage:
 @dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained [ours]: Danube3's settings are not published. Betas and cosine
-    are those of the first Danube report (arXiv 2401.16818), except in the toy.
+    are from the first Danube report (arXiv 2401.16818), except in the toy.
 
     An **optimizer step** reads a **global batch** of `batch_size` sequences, in
     **micro-batches** that fit into memory. Their gradients are summed (**gradient
     accumulation**)."""
-    batch_size: int  # sequences per optimizer step, over all GPUs
-    micro_batch_size: int  # B: sequences per forward pass on one GPU
+    batch_size: int  # over all GPUs
+    micro_batch_size: int  # B: sequences per pass on one GPU
     learning_rate: float  # the peak
     stages: tuple[Stage, ...] = ()  # pre-training only
     sequence_length: int = 1  # T; for conversations the longest
@@ -130,7 +130,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
-    grad_clip: float = 1.0  # a gradient with a larger norm is scaled down
+    grad_clip: float = 1.0  # larger gradients are scaled down
     save_every: int = 1_000  # steps between checkpoints
     seed: int = 0
 
@@ -146,7 +146,7 @@ class TrainConfig:
 
     @property
     def stage_ends(self) -> list[int]:
-        """The step at which each stage ends: running totals of tokens, in whole steps."""
+        """The step at which each stage ends, rounded."""
         ends, tokens, per_step = [], 0, self.tokens_per_step
         for stage in self.stages:
             tokens += stage.tokens
@@ -154,13 +154,13 @@ class TrainConfig:
         return ends
 
     def with_tokens(self, total: int) -> "TrainConfig":
-        """The same training with `total` tokens, in the same proportions."""
+        """The same stages in proportion, with `total` tokens."""
         old_total = sum(stage.tokens for stage in self.stages)
         stages = [replace(stage, tokens=stage.tokens * total // old_total) for stage in self.stages]
         return replace(self, stages=tuple(stages))
 
-# The sources and their weights in stages 1, 2, 3, in thousandths. The shares of web are
-# [paper], the others [ours]: the report shows them in a figure only.
+# Weights in stages 1, 2, 3, in thousandths. The shares of web are [paper], the others
+# [ours]: the report shows them in a figure only.
 SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")
 MIXTURES = ((906, 18, 18, 18, 30, 10), (817, 35, 35, 38, 55, 20), (516, 80, 80, 94, 190, 40))
 
@@ -171,7 +171,7 @@ def three_stages(*tokens: float) -> tuple[Stage, ...]:  # tokens of each
     return tuple(stages)
 
 CONFIGS = {
-    "toy": DanubeConfig(  # [ours] few heads: many small matrix products are slow on a CPU
+    "toy": DanubeConfig(  # [ours] few heads: many small products are slow on a CPU
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, initializer_range=0.04, vocab_size=1_024,
         max_position_embeddings=256),
@@ -182,7 +182,7 @@ CONFIGS = {
         hidden_size=3840, intermediate_size=10240, num_hidden_layers=24, num_attention_heads=32,
         num_key_value_heads=8, head_dim=120, initializer_range=0.01),
 }
-# The totals 4T and 6T are [paper], the lengths of the stages are from memory, unchecked.
+# The totals 4T and 6T are [paper]. The stage lengths are from memory, unchecked.
 TRAIN_CONFIGS = {
     "toy": TrainConfig(
         stages=three_stages(0.9e6, 0.45e6, 0.45e6), sequence_length=128, batch_size=8, micro_batch_size=8,
@@ -208,26 +208,25 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, frozen: bool = F
 
     A weight costs two forward (multiply, add), two backward for the gradient of its inputs,
     and two for its own unless it is **frozen** (section 10). Attention costs 4 h per (head,
-    query, key): score and weighted sum. All T keys count, as in other projects' figures, although
-    a query attends to half of them on average."""
+    query, key): score and weighted sum. All T keys count, as is usual, although a query
+    attends to half on average."""
     layers, D = config.num_hidden_layers, config.hidden_size
     weights = count_parameters(config) - config.vocab_size * D - (2 * layers + 1) * D  # no embedding, norms
     attention = layers * config.num_attention_heads * 4 * config.head_dim * sequence_length
     return (2 if frozen else 3) * 2 * weights + 3 * attention
 
-# ==== 2. Tokenizer and chat template ====================================================
+# ==== 2. Tokenizer and chat template ====
 #
-# The Mistral tokenizer [paper] is a **byte-pair encoding** (BPE) by sentencepiece. Its
-# training starts from characters and merges the most frequent pair of neighbours until there
-# are 32,000 tokens. Encoding makes the same merges. Every byte is a token too, so all text
-# can be encoded.
+# The Mistral tokenizer [paper] is a **byte-pair encoding** (BPE) by sentencepiece. Training
+# starts from characters and merges the most frequent pair of neighbours until there are 32,000
+# tokens. Encoding makes the same merges. Every byte is a token too, so any text can be encoded.
 #
-# No text is encoded to **special tokens**: <s> begins and </s> ends a document [ours], </s>
-# also ends a chat message. Here a typed "</s>" becomes ordinary tokens, so nobody can type
-# the end of a message.
+# <s> begins and </s> ends a document [ours], </s> also ends a chat message. No text is encoded
+# to these **special tokens**: a typed "</s>" becomes ordinary tokens, so nobody can type the
+# end of a message.
 
 class Tokenizer:
-    """A sentencepiece model. With `add_bos`, prompts begin with <s>, as all training documents do."""
+    """A sentencepiece model. With `add_bos`, prompts begin with <s>, as documents do."""
     def __init__(self, model_file: str | Path, add_bos: bool = True):
         self.model_file, self.add_bos, self.chat_template = Path(model_file), add_bos, CHAT_TEMPLATE
         with reading(self.model_file):
@@ -237,24 +236,21 @@ class Tokenizer:
         self.vocab_size: int = self.sp.vocab_size()
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Ids of `text`. No text spells a special token."""
         return self.sp.encode(text.encode("utf-8", "replace"), add_bos=add_bos)  # bad Unicode: "?"
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text to continue."""
         return self.encode(text, self.add_bos)
 
     def decode(self, ids: list[int]) -> str:
         return self.sp.decode([i for i in ids if i < self.vocab_size])  # a model may have more ids
 
 class StreamingDetokenizer:
-    """Turns ids into text one by one. The text of a token depends on its neighbours: alone
-    it loses its leading space, and an emoji may be four byte tokens. So each token is
-    decoded with a few before it, and the difference is emitted, unless it ends in half a
-    character."""
+    """Turns ids into text one by one. A token's text depends on its neighbours: alone it
+    loses its leading space, and an emoji may be four byte tokens. So each token is decoded
+    with a few before it. The difference is emitted, unless it ends in half a character."""
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
         self.tokenizer, self.ids = tokenizer, list(prompt_ids[-8:])
-        self.start, self.end = 0, len(self.ids)  # the text of ids[start:end] was emitted already
+        self.start, self.end = 0, len(self.ids)  # ids[start:end] were emitted already
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes, possibly none."""
@@ -266,14 +262,13 @@ class StreamingDetokenizer:
         return text
 
     def flush(self) -> str:
-        """The text not yet emitted, after the last token."""
         emitted = self.tokenizer.decode(self.ids[self.start:self.end])
         return self.tokenizer.decode(self.ids[self.start:])[len(emitted):]
 
-IGNORE_INDEX = -100  # label of a token that is not to be predicted, as in PyTorch and transformers
+IGNORE_INDEX = -100  # label of a token not to be predicted, as in PyTorch
 
 # The chat format [paper]: <|prompt|>question</s><|answer|>answer</s>. The markers are plain
-# text that a user can type; only </s> ends a message. The template is for other programs.
+# text, so users can type them. The template is for other programs.
 CHAT_MARKERS = {"user": "<|prompt|>", "assistant": "<|answer|>"}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -283,7 +278,7 @@ CHAT_TEMPLATE = (
     "{% if loop.last and add_generation_prompt %}{{ '<|answer|>' }}{% endif %}{% endfor %}")
 
 def first_difference(a: list[int], b: list[int]) -> int:
-    """The first index at which two lists differ, or the length of the shorter one."""
+    """The first index at which two lists differ, or the shorter length."""
     for index, (x, y) in enumerate(zip(a, b)):
         if x != y:
             return index
@@ -294,8 +289,7 @@ def render_chat(messages: Messages, tokenizer: Tokenizer,
     """A conversation as `input_ids` and `labels`, of equal length, without <s> [paper].
 
     Each message is encoded with its marker as one text; </s> is appended as an id. An answer
-    and its </s> are their own labels [ours]: the model learns to answer and to stop. Other
-    labels are IGNORE_INDEX."""
+    and its </s> are their own labels [ours]: the model learns to answer and to stop."""
     input_ids: list[int] = []
     labels: list[int] = []
     for message in messages:
@@ -313,7 +307,7 @@ def render_chat(messages: Messages, tokenizer: Tokenizer,
         labels += [IGNORE_INDEX] * (len(input_ids) - len(labels))
     return input_ids, labels
 
-# ==== 3. Building blocks ================================================================
+# ==== 3. Building blocks ====
 #
 # RMSNorm keeps inputs of branches at similar magnitudes. Rotary embedding makes the order of
 # tokens matter. Attention lets tokens read from each other. SwiGLU makes the MLP nonlinear:
@@ -395,7 +389,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
-# ==== 4. Model ==========================================================================
+# ==== 4. Model ====
 #
 # Modules have the names of the published checkpoint. The **hidden states** [B, T, D], one
 # vector per token, form the **residual stream**. Each layer adds two **residual branches**
@@ -442,12 +436,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
         self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
 
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> queries [B, H, T, h], keys and values [B, K, T, h]"""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(shape).transpose(1, 2)  # [B, H, T, h]
+        k = self.k_proj(x).view(shape).transpose(1, 2)  # [B, K, T, h]
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # [B, K, T, h]
+        return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
-        heads = (*x.shape[:2], -1, self.head_dim)  # x [B, T, D]
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # [B, H, T, h]
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # [B, K, T, h]
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, K, T, h]
-        q, k = rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin)
+        q, k, v = self.heads(x, cos, sin)
         if kv_cache is not None:
             k, v = kv_cache.append(self.layer, k, v)  # [B, K, S, h]
         y = grouped_query_attention(q, k, v)  # [B, H, T, h]
@@ -552,10 +550,10 @@ class Danube3(nn.Module):
     def block_loss(self, x: Tensor, targets: Tensor) -> Tensor:  # [N, D], [N] -> []
         return cross_entropy(self.lm_head(x), targets)
 
-# ==== 5. Sampling =======================================================================
+# ==== 5. Sampling ====
 #
-# Generation picks a next token, appends it, and asks again. The first pass reads the whole
-# prompt into the cache (**prefill**), each later pass reads one new token (**decode**).
+# Generation picks a next token, appends it, and asks again. The first pass reads the prompt
+# into the cache (**prefill**), each later pass reads one new token (**decode**).
 
 def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
                              top_p: float = 1.0) -> Tensor:
@@ -564,7 +562,7 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     A temperature below 1 favours likely tokens. top_k keeps the k likeliest (0: all), top_p
     the likeliest until they reach p together (1.0: all). With p = 0.6, the first two of 0.5,
     0.3, 0.2 stay: before the second there is 0.5, less than p, before the third 0.8."""
-    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow at small temperatures
+    logits = logits.float() - logits.float().amax(-1, keepdim=True)  # no overflow
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
     if top_k == 0 and top_p >= 1.0:
         return probabilities
@@ -573,22 +571,20 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
     if top_p < 1.0:
-        before = probabilities.cumsum(-1) - probabilities  # the sum of likelier tokens
-        probabilities[:, 1:] *= before[:, 1:] < top_p  # the first token always stays
+        before = probabilities.cumsum(-1) - probabilities  # sum of likelier tokens
+        probabilities[:, 1:] *= before[:, 1:] < top_p  # the first stays
         probabilities /= probabilities.sum(-1, keepdim=True)
-    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # back to vocabulary order
+    return torch.zeros_like(probabilities).scatter(-1, order, probabilities)  # in vocabulary order
 
 @torch.no_grad()
 def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
                     top_k: int = 0, top_p: float = 1.0, seed: int | None = None,
                     kv_cache: KVCache | None = None) -> Iterator[Tensor]:
-    """Continue prompts of equal length, input_ids [B, T]. Yields the next
-    token of each, [B].
+    """Continue prompts of equal length, input_ids [B, T]. Yields the next token of each, [B].
 
     Temperature 0 is **greedy**: it takes the likeliest token. A sequence repeats </s> after
     its stop token. The loop ends when all have stopped, after max_new_tokens, or when the
-    context is full. The first tokens of the prompts, but not all, may be in `kv_cache`
-    already."""
+    context is full. `kv_cache` may hold the first tokens, but not all."""
     (B, T), context, device = input_ids.shape, model.config.max_position_embeddings, input_ids.device
     require(1 <= T <= context, f"a prompt of {T} tokens does not fit: use 1 to {context}")
     generator = torch.Generator(device)
@@ -615,26 +611,25 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
         input_ids = next_ids[:, None]  # [B, 1]
 
 def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-    """Prompts and their continuations, as generate_tokens samples them. [B, T] -> [B, T + n]"""
+    """Prompts and their continuations. [B, T] -> [B, T + n]"""
     new_ids = list(generate_tokens(model, input_ids, max_new_tokens, **sampling))  # n x [B]
     return torch.cat((input_ids, *(ids[:, None] for ids in new_ids)), dim=1)
 
-# ==== 6. Data ===========================================================================
+# ==== 6. Data ====
 #
 # Text is stored as **token shards**: files of uint16 ids, documents one after another as
 # <s> .. </s>. TokenData (data/read.py) reads them in **blocks** of T consecutive ids of one
-# source. A block may reach into the next document, and attention crosses that border [ours].
+# source. A block may reach into the next document, and so does attention [ours].
 #
-# Which blocks make up step 1,234,567? A loader that draws one by one must save its state,
-# which depends on the number of GPUs. Here the batch is a **pure function of the step**:
-# mixture_pattern distributes sequences among sources, permuted_index shuffles the blocks of
-# a source.
+# Which blocks make up step 1,234,567? A **pure function of the step** says so: no state must
+# be saved, and the number of GPUs may change. mixture_pattern distributes sequences among
+# sources, permuted_index shuffles the blocks of a source.
 
 VALIDATION_SEQUENCES = 32  # [ours] of each source
-MAX_EPOCHS = 100  # [ours] over the data of a source
+MAX_EPOCHS = 100  # [ours] of a source
 
 def mixture_pattern(weights: dict[str, int]) -> list[tuple[str, int]]:
-    """The source of each sequence, and how many sequences this source has had before.
+    """The source of each sequence, and how many this source has had before.
 
     {"a": 3, "b": 2} gives a0 b0 a1 a2 b1, then the same order again. Let W be the sum of the
     weights. Sequence t goes to a source that is behind its share: it has had n < t w_i / W.
@@ -653,8 +648,7 @@ def mixture_pattern(weights: dict[str, int]) -> list[tuple[str, int]]:
     return pattern
 
 def permuted_index(index: int, size: int, key: str) -> int:
-    """The place of `index` in a shuffled order of 0 .. size-1, chosen by `key`. Nothing is
-    stored.
+    """The place of `index` in a shuffled order of 0 .. size-1, chosen by `key`.
 
     A Feistel network, as in block ciphers: write the index as two digits in base
     ceil(sqrt(size)), and four times
@@ -676,15 +670,12 @@ def permuted_index(index: int, size: int, key: str) -> int:
             return index
 
 class StagedData:
-    """The batches of pre-training: a function of the training config, the shards and the
-    step alone.
-
-    A stage's pattern names the source of each sequence. The n-th sequence of a source is its
-    n-th block, in an order that each **epoch** (once through all blocks) permutes anew."""
+    """The batches of pre-training. The n-th sequence of a source is its n-th block, in an order
+    that each **epoch** (once through all blocks) permutes anew."""
     def __init__(self, data: Any, config: TrainConfig):
         self.data, self.config, self.total_steps = data, config, config.stage_ends[-1]
         self.fingerprint = {"meta.json": file_sha256(data.folder / "meta.json")}
-        self.starts = [0, *config.stage_ends]  # the first step of each stage
+        self.starts = [0, *config.stage_ends]
         self.patterns = [mixture_pattern(stage.mixture) for stage in config.stages]
         self.used = [dict.fromkeys(config.stages[0].mixture, 0)]  # sequences of each source before each stage
         for number, stage in enumerate(config.stages):
@@ -706,7 +697,6 @@ class StagedData:
         return sum(step >= end for end in self.config.stage_ends[:-1])
 
     def stage(self, step: int) -> str:
-        """The name of the stage of step `step`, counted from 0."""
         return self.config.stages[self.stage_index(step)].name
 
     def locate(self, step: int, index: int) -> tuple[str, str, int]:
@@ -727,7 +717,7 @@ class StagedData:
     def validation(self) -> dict[str, Batch]:  # of each source
         return {name: self.data.evenly_spread(name, "val", VALIDATION_SEQUENCES) for name in self.used[0]}
 
-# ==== 7. Optimizer ======================================================================
+# ==== 7. Optimizer ====
 #
 # AdamW keeps two running means per weight, its **moments**: of the gradient, and of its
 # square. It steps against the first, divided by the root of the second, so all weights move
@@ -740,13 +730,13 @@ class StagedData:
 #     w = w - lr (m' / (sqrt(v') + eps) + weight_decay w)
 
 def make_optimizer(model: Danube3, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: a norm weight has no reason to be near zero."""
+    """AdamW, with weight decay on matrices only: norm weights need not be near zero."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     norms = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.adam_eps,
-                                  config.weight_decay, fused=True)  # fused: one pass over memory
-    for p in matrices + norms:  # made now, so that a checkpoint can fill them
+                                  config.weight_decay, fused=True)  # one pass over memory
+    for p in matrices + norms:  # made now, for a checkpoint to fill
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
@@ -764,16 +754,15 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * progress))  # 1 .. 0
     return config.learning_rate * (final + (1 - final) * cosine)
 
-# ==== 8. Training =======================================================================
+# ==== 8. Training ====
 #
 # **Mixed precision**: products are computed in bf16 or fp16; trained weights, their
 # gradients and the residual stream are fp32. bf16 has the range of fp32 and 8 bits of
-# precision. fp16 has 11 bits, but no number below 6e-8, where many gradients of activations
-# lie. So with fp16 a **gradient scaler** multiplies the loss, and with it all gradients, and
-# divides again before the step.
+# precision. fp16 has 11 bits, but no number below 6e-8, where many gradients lie. So with fp16
+# a **gradient scaler** multiplies the loss, and so all gradients, and divides before the step.
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on GPUs of capability 8 or newer (older ones only emulate it), fp16 on older, else fp32."""
+    """bf16 on GPUs of capability 8 or newer, fp16 on older (which emulate bf16), else fp32."""
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -783,17 +772,16 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 def use_activation_checkpointing(model: Danube3) -> None:
-    """**Activation checkpointing**: store only the input of each decoder layer, and
-    compute the layer again in the backward pass: less memory, up to a third more time."""
+    """**Activation checkpointing**: store only the input of each layer, and compute the layer
+    again in the backward pass. This takes less memory, and up to a third more time."""
     for layer in model.model.layers:  # (torch.compile would skip a functools.partial)
         layer.forward = lambda *args, f=layer.forward: activation_checkpoint(f, *args, use_reentrant=False)
 
 # Several GPUs: torchrun starts `world_size` processes, one per GPU, numbered by `rank`. All
-# run the same lines and meet in **collective calls** such as all_reduce, which finish when
-# all have made them. **Fully sharded data parallel** (FSDP): each process stores 1 /
-# world_size of every weight and moment. Before a layer computes, its weights are collected
-# (all-gather), and afterwards freed (reshard). Gradients are averaged, and each process
-# keeps its part (reduce-scatter).
+# run the same lines and meet in **collective calls** such as all_reduce, which wait for all.
+# **Fully sharded data parallel** (FSDP): each process stores its part of every weight and
+# moment. Before a layer computes, its weights are collected (all-gather), and afterwards freed
+# (reshard). Gradients are averaged, and each process keeps its part (reduce-scatter).
 
 def rank_and_world_size() -> tuple[int, int]:
     if dist.is_initialized():
@@ -807,8 +795,7 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 def shard_model(model: Danube3, device: torch.device) -> Danube3:
-    """Put a model on its device. With several ranks FSDP allocates each rank's part,
-    and rank 0 sends the weights."""
+    """Put a model on its device. With FSDP, rank 0 sends each rank its part."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return model.to(device)
@@ -860,7 +847,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
             model.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]
         with autocast(device):
             micro_loss = model(ids, own_labels) / count
-        scaler.scale(micro_loss * world_size).backward()  # FSDP averages over ranks, and we need the sum
+        scaler.scale(micro_loss * world_size).backward()  # FSDP averages, we need the sum
         loss += micro_loss.detach()
     all_reduce(loss)
     scaler.unscale_(optimizer)
@@ -869,7 +856,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
         grad_norm = grad_norm.full_tensor()
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if torch.isfinite(loss + grad_norm):  # otherwise the weights stay as they are
+    if torch.isfinite(loss + grad_norm):  # else the weights stay
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -877,8 +864,8 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
 
 @torch.no_grad()
 def evaluate_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch_size: int) -> float:
-    """Mean loss per target of sequences [N, T]. FSDP needs equally many forward passes:
-    ranks share sequences evenly, or each computes all."""
+    """Mean loss per target of sequences [N, T]. FSDP needs equally many passes: ranks
+    share sequences evenly, or each computes all."""
     rank, world_size = rank_and_world_size()
     if len(labels) % world_size == 0:
         input_ids, labels = input_ids[rank::world_size], labels[rank::world_size]
@@ -887,11 +874,10 @@ def evaluate_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch
         loss += model(ids, own_labels)
     return all_reduce(loss).item() / max(1, int(all_reduce(count_targets(labels).to(model.device))))
 
-# ==== 9. Checkpoints and runs ===========================================================
+# ==== 9. Checkpoints and runs ====
 #
-# A checkpoint is a Hugging Face Llama folder, which transformers opens (if it is not
-# quantized). It is written as NAME.partial and renamed once it is on disk. So a folder with
-# the right name is whole, even after a power failure.
+# A checkpoint is a Hugging Face Llama folder, which transformers opens. It is written as
+# NAME.partial and renamed once it is on disk. So NAME is whole, even after a power failure.
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
 
@@ -929,7 +915,7 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 def write_checksums(folder: Path) -> None:
-    """Write SHA256SUMS, as `sha256sum -c` reads it, and wait until the whole folder is on disk."""
+    """Write SHA256SUMS, as `sha256sum -c` reads it, and wait until all is on disk."""
     sums = folder / "SHA256SUMS"
     files = sorted(set(filter(Path.is_file, folder.iterdir())) - {sums})
     sums.write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
@@ -937,8 +923,7 @@ def write_checksums(folder: Path) -> None:
         sync(path)
 
 def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".jsonl") -> None:
-    """Compare files of at most `largest` bytes with SHA256SUMS, if it is there, except
-    names with `skip`."""
+    """Compare files of at most `largest` bytes with SHA256SUMS, but no names with `skip`."""
     sums = folder / "SHA256SUMS"
     lines = sums.read_text(errors="replace").splitlines() if sums.is_file() else []
     for line in lines:
@@ -954,7 +939,7 @@ def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".json
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into. On success it becomes `folder`, otherwise it is removed."""
+    """A temporary folder. On success it becomes `folder`, otherwise it is removed."""
     require(not folder.exists(), f"{folder} already exists: remove it, or use another")
     partial = folder.with_name(f"{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -970,19 +955,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 def write_tensors(path: Path, tensors: Tensors, dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file, its tensors in `dtype` (default: each in its own)."""
+    """Write a safetensors file in `dtype` (default: each tensor in its own)."""
     converted = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(converted, path, metadata={"format": "pt"})
     with contextlib.suppress(PermissionError):
         path.chmod(0o644)  # safetensors lets nobody else read
 
 def read_tensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file, mapped into memory: only what is used is read."""
+    """The tensors of a file, mapped into memory: only what is used is read."""
     with reading(path), safetensors.safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} without the file."""
+    """The JSON object in a file, or {} without it."""
     with reading(path):
         return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.exists() else {}
 
@@ -993,7 +978,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 def read_config(folder: Path) -> DanubeConfig:
-    """config.json of a Hugging Face folder. Another architecture is refused."""
+    """Read config.json. Another architecture is refused."""
     path = folder / "config.json"
     with reading(path):
         raw = read_json(path)
@@ -1008,24 +993,24 @@ def read_config(folder: Path) -> DanubeConfig:
                   "max_position_embeddings": 2_048}  # transformers' defaults
         for field in fields(DanubeConfig):
             value = raw.get(field.name)
-            if isinstance(value, list):  # several end tokens (see read_stop_ids): </s> is the lowest
+            if isinstance(value, list):  # several end tokens: </s> is the lowest
                 value = min(value, default=None)
             if value not in (None, -1):  # -1: none
                 values[field.name] = value
         return DanubeConfig(**values)
 
 def read_stop_ids(folder: Path, config: DanubeConfig) -> list[int]:
-    """The ids that end a text. A folder may list several; generation_config.json has the last word."""
+    """The ids that end a text. A folder may list several."""
     ids = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = ids or read_json(folder / "config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     return [i for i in ids if type(i) is int] or [config.eos_token_id]
 
 def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
-    """The tokenizer of a checkpoint. One that does not fit the model is refused."""
+    """A checkpoint's tokenizer. One that does not fit the model is refused."""
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings, added = read_json(path), read_json(folder / "added_tokens.json")
-    fast = read_json(folder / "tokenizer.json")  # transformers' own form of the tokenizer
+    fast = read_json(folder / "tokenizer.json")  # transformers' own form
     require((folder / "tokenizer.model").is_file(), f"{folder}/tokenizer.model is missing (transformers 5 "
             "saves tokenizer.json only): copy it from the model's first folder")
     tokenizer = Tokenizer(folder / "tokenizer.model", "<s>" in str(fast.get("post_processor", "<s>")))
@@ -1049,13 +1034,13 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
             added[token["content"]] = token["id"]
         for token, token_id in added.items():
             known = token_id < tokenizer.vocab_size and tokenizer.sp.id_to_piece(token_id) == token
-            known |= token == pad and token not in used  # for padding only: it occurs in no text
+            known |= token == pad and token not in used  # for padding only, in no text
             require(known, f"{folder}/tokenizer.model lacks {token!r}: use the model's")
     return tokenizer
 
 def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: torch.dtype,
                    **more: object) -> None:
-    """The small files of a checkpoint: config.json (with `more`), generation defaults, the tokenizer."""
+    """Write the small files of a checkpoint. `more` goes into config.json."""
     config = model.config
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], **asdict(config), **FIXED, "tie_word_embeddings": False,
@@ -1072,42 +1057,46 @@ def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: to
 
 def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer,
                     dtype: torch.dtype = torch.float32) -> None:
-    """Write a complete checkpoint, its weights in `dtype`."""
     with atomic_folder(folder) as partial:
         write_settings(partial, model, tokenizer, dtype)
         write_tensors(partial / "model.safetensors", model.state_dict(), dtype)
 
 def require_weights(path: Path) -> None:
-    """Refuse a folder without this file of weights, and say what it has instead."""
+    """Refuse a folder without this file, and say what it has instead."""
     found = [*path.parent.glob("*.bin"), *path.parent.glob("*.pt*"), *path.parent.glob("*.safetensors")]
     names = ", ".join(map(os.path.basename, found)) or "nothing else"
     require(path.is_file(), f"{path} is missing. Found: {names:.150}. Pickle files (.bin) can run code: "
             "open such a model with transformers or peft, and write it with save_pretrained")
 
 def read_weights(folder: Path) -> Tensors:
-    """All weights, from one safetensors file or those that an index names, mapped into memory."""
+    """All weights, from one safetensors file or those that an index names."""
     files, index, weight_map = ["model.safetensors"], folder / "model.safetensors.index.json", {}
-    single = (folder / files[0]).is_file()
     if not index.is_file():
         require_weights(folder / files[0])
-    if single and index.is_file():  # transformers ignores such an index too
+    elif (folder / files[0]).is_file():  # transformers ignores such an index too
         print(f"{index} is ignored: {files[0]} is there", file=sys.stderr)
-    elif not single:
+    else:
         with reading(index):
             weight_map = read_json(index)["weight_map"]
             files = sorted(set(weight_map.values()))
-            inside = files == [Path(file).name for file in files]
-            require(inside, f"{index} names files outside its folder")
+            require(files == [Path(file).name for file in files],
+                    f"{index} names files outside its folder")
     weights: Tensors = {}
     for file in files:
         for name, weight in read_tensors(folder / file).items():
             if weight_map.get(name, file) != file:  # an old copy
                 continue
-            require(weight.is_floating_point() and weight.itemsize > 1 or name.endswith(".codes"),
-                    f"{folder}: {name} is {weight.dtype}: take the model before it was quantized")
-            name = name.replace("_orig_mod.", "").removeprefix("module.")  # from torch.compile, from DDP
-            if not name.endswith("rotary_emb.inv_freq"):  # a constant that old exports store
-                weights[name] = weight
+            name = name.replace("_orig_mod.", "").removeprefix("module.")  # torch.compile, DDP
+            if name.endswith(("rotary_emb.inv_freq", ".weight_shape")):  # known constants
+                continue
+            readable = weight.is_floating_point() and weight.itemsize > 1
+            if name.endswith(".weight_packed"):  # int32 on disk, uint8 here: the same bytes
+                readable, weight = weight.dtype == torch.int32, weight.view(torch.uint8)
+            elif name.endswith(".weight_scale"):
+                readable = weight.dtype == torch.float16
+            require(readable, f"{folder}: {name} is {weight.dtype}, which is not read here: quantize the "
+                    "original model anew (python quantize.py MODEL --bits 4 --out NEW)")
+            weights[name] = weight
     tied = read_json(folder / "config.json").get("tie_word_embeddings")
     for name, twin in (("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")):
         if tied and f"{name}.weight" in weights:  # one matrix for both, unless both are stored
@@ -1119,16 +1108,16 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256(checksums.encode()).hexdigest()
 
 def is_finite(tensor: Tensor) -> bool:
-    """Smallest and largest suffice: with a NaN, both are NaN."""
+    """Smallest and largest suffice: a NaN makes both NaN."""
     return tensor.numel() == 0 or tensor.is_meta or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 def checkpoints_in(out: Path) -> list[Path]:
-    """The complete checkpoints of an output directory, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = [path for path in out.glob("step-*") if path.name[5:].isdecimal()]  # no .partial
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return `path` if it is a checkpoint, or the newest checkpoint inside an output directory."""
+    """`path` if it is a checkpoint, otherwise the newest checkpoint in it."""
     path = Path(path)
     if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         found = checkpoints_in(path)
@@ -1139,15 +1128,14 @@ def find_checkpoint(path: str | Path) -> Path:
 MAX_SKIPPED_STEPS = 20  # [ours] in a row; fp16's scaler needs up to 16 to find its scale
 
 class Trainer:
-    """A training run: model, optimizer, output directory, and how far it has come.
-
-    `data` is StagedData or ChatData; `base` is the folder that the weights came from."""
+    """A training run, and how far it has come. `data` is StagedData or ChatData, `base` the folder
+    of the first weights."""
     def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData",
                  resume: bool = False, base: Path | None = None, device: torch.device | None = None):
         self.out, self.tokenizer, self.data, self.base = out, tokenizer, data, base
         self.config, self.device = data.config, device or model.device
         self.rank, self.world_size = rank_and_world_size()
-        self.step, self.tokens, self.skipped = 0, 0, 0  # steps and tokens done; steps skipped in a row
+        self.step, self.tokens, self.skipped = 0, 0, 0  # skipped: in a row
         self.lora = not model.model.norm.weight.requires_grad
         self.run_config = json.loads(json.dumps({  # no tuples
             **asdict(model.config), **asdict(self.config), **data.fingerprint,
@@ -1170,7 +1158,7 @@ class Trainer:
             self.resume()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All trainable weights and AdamW's state of each. With several ranks they are sharded."""
+        """All trainable weights and AdamW's state of each. FSDP shards them."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield f"weights.{name}", parameter.detach()
@@ -1188,7 +1176,7 @@ class Trainer:
             self.write(tensors)
             self.remove_old()
         if self.world_size > 1:
-            dist.barrier()  # wait for rank 0: torchrun kills it when another rank ends by Ctrl-C
+            dist.barrier()  # torchrun kills rank 0 when another ends by Ctrl-C
 
     def remove_old(self) -> None:  # checkpoints; renamed first: half a folder must not look whole
         for old in checkpoints_in(self.out)[:-1]:
@@ -1198,12 +1186,10 @@ class Trainer:
 
     def write(self, tensors: Tensors) -> None:
         """Write a checkpoint and the **training state**: fp32 **master weights**, moments, the step."""
-        weights: Tensors = {}
-        for name, tensor in tensors.items():
-            if name.startswith("weights."):
-                weights[name.removeprefix("weights.")] = tensor
-        finite = all(map(is_finite, weights.values()))
-        require(finite, f"the weights are not finite after step {self.step}: lower the learning rate")
+        weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()
+                   if name.startswith("weights.")}
+        require(all(map(is_finite, weights.values())),
+                f"the weights are not finite after step {self.step}: lower the learning rate")
         sync(self.out / "metrics.jsonl")
         with atomic_folder(self.out / f"step-{self.step:07d}") as partial:
             if self.lora:
@@ -1220,12 +1206,13 @@ class Trainer:
                 "scaler": self.scaler.state_dict(), "run_config": self.run_config})
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, whatever number of processes wrote it."""
+        """Continue from the newest checkpoint, however many processes wrote it."""
         folder = checkpoints_in(self.out)[-1]
         if self.rank == 0:
             verify_checksums(folder)
-        with reading(folder / "training_state.json"):
-            state = read_json(folder / "training_state.json")
+        path = folder / "training_state.json"
+        with reading(path):
+            state = read_json(path)
             for name, value in self.run_config.items():
                 saved = state["run_config"].get(name)
                 require(saved == value, f"{folder} was made with another {name} ({saved!s:.60}): "
@@ -1235,22 +1222,22 @@ class Trainer:
             self.step, self.tokens = int(state["step"]), int(state["tokens"])
             self.skipped, kept = int(state["skipped"]), int(state["log_lines"])
         tensors, stored = dict(self.tensors()), read_tensors(folder / "training_state.safetensors")
-        same = tensors.keys() == stored.keys()
-        require(same, f"{folder} holds other tensors than this run: use another --out")
+        require(tensors.keys() == stored.keys(),
+                f"{folder} holds other tensors than this run: use another --out")
         for name, tensor in tensors.items():
             full = stored[name].to(self.device)
             require(full.shape == tensor.shape and is_finite(full), f"{folder}: {name} does not fit this run")
             if isinstance(tensor, DTensor):
                 full = distribute_tensor(full, tensor.device_mesh, tensor.placements)  # a collective call
             tensor.copy_(full)
-        if self.rank == 0:  # what was logged later will be logged again
+        if self.rank == 0:  # later lines will be logged again
             lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
             self.log.truncate(sum(map(len, lines[:kept])))
             self.remove_old()
 
     def take_step(self, peak_flops: float) -> dict[str, Any]:
-        """One optimizer step. -> its metrics. **MFU** (model FLOPs utilization) is the
-        model's operations per second over `peak_flops`, the devices' maximum."""
+        """One optimizer step. -> its metrics. **MFU** (model FLOPs utilization) is the model's
+        operations per second over the devices' maximum."""
         start, lr = time.perf_counter(), learning_rate(self.step, self.data.total_steps, self.config)
         input_ids, labels = self.data.batch(self.step, self.rank, self.world_size)
         loss, grad_norm = train_step(self.model, self.optimizer, input_ids, labels, self.config, lr,
@@ -1271,7 +1258,7 @@ class Trainer:
         return metrics
 
     def validate(self) -> None:
-        """Log and print the validation loss of each source."""
+        """Log and print the validation losses."""
         losses, text = {}, f"step {self.step}, validation loss:"
         for name, batch in self.data.validation().items():
             with autocast(self.device):
@@ -1283,10 +1270,10 @@ class Trainer:
         metrics = {"step": self.step, "stage": stage, "tokens": self.tokens, "val_loss": losses}
         print(json.dumps(metrics), file=self.log, flush=True)
         if self.rank == 0:
-            tqdm.write(text)  # above the progress bar
+            tqdm.write(text)  # above the bar
 
     def is_milestone(self) -> bool:
-        """Whether to save and validate: every `save_every` steps, after each stage or epoch."""
+        """Whether to save and validate after this step."""
         last, stage = self.step == self.data.total_steps, self.data.stage
         return last or self.step % self.config.save_every == 0 or stage(self.step) != stage(self.step - 1)
 
@@ -1311,19 +1298,19 @@ def train(run: Trainer, peak_flops: float, interrupts: Sized = ()) -> bool:
                 run.validate()
     return True
 
-# ==== 10. Fine-tuning ===================================================================
+# ==== 10. Fine-tuning ====
 #
 # **Supervised fine-tuning** (SFT) on conversations teaches a base model to answer. Only the
 # batches are new. **LoRA** (arXiv 2106.09685) freezes all weights and trains a **low-rank
-# update** of each linear layer in the decoder layers [ours], whose gradients and moments
-# need little memory. On a quantized base this is **QLoRA** (arXiv 2305.14314).
+# update** of each linear layer in the decoder [ours], whose gradients and moments need little
+# memory. On a quantized base this is **QLoRA** (arXiv 2305.14314).
 
-SFT_TOKENS = 8_192  # [ours] tokens of a micro-batch, unless one conversation is longer
+SFT_TOKENS = 8_192  # [ours] per micro-batch, unless one conversation is longer
 VALIDATION_SHARE = 0.05  # [ours] of the conversations, at most 256
 
 def pad_sequences(sequences: list[np.ndarray]) -> Batch:
-    """Sequences [2, T_i] of input_ids and labels -> 2 x [N, T], the longest first. Padding
-    (id 0, label IGNORE_INDEX) is on the right, where no other token attends to it."""
+    """Sequences [2, T_i] of input_ids and labels -> 2 x [N, T]. The longest come first, so
+    similar lengths share a micro-batch. Padding is on the right: no other token attends to it."""
     longest_first = sorted(sequences, key=np.size, reverse=True)
     padded = torch.zeros(2, len(sequences), longest_first[0].shape[1], dtype=torch.long)
     padded[1] = IGNORE_INDEX
@@ -1332,12 +1319,11 @@ def pad_sequences(sequences: list[np.ndarray]) -> Batch:
     return padded[0], padded[1]
 
 class ChatData:
-    """Conversations as batches, in a new order in each epoch. Each is cut after its last
-    answer that ends within the context. In a batch the longest come first: similar lengths
-    share a micro-batch."""
+    """Conversations as batches, in a new order in each epoch. Each is cut after the last
+    answer that fits into the context."""
     def __init__(self, conversations: list[Messages], tokenizer: Tokenizer, context: int,
                  config: TrainConfig, epochs: int = 1, fingerprint: dict[str, Any] | None = None):
-        encoded, lost = [], 0  # sequences [2, T] of input_ids and labels; answers that end too late
+        encoded, lost = [], 0  # sequences [2, T]; answers that end too late
         for messages in tqdm(conversations, "encode", leave=False, disable=None):
             sequence = np.array(render_chat(messages, tokenizer), np.int32)
             ends = np.flatnonzero(sequence[1] == tokenizer.sp.eos_id()) + 1  # of the answers
@@ -1378,10 +1364,8 @@ LORA_ALPHA = 16  # H2O LLM Studio's default, with rank 4
 
 class LoRALinear(nn.Module):
     """y = W x + (alpha / rank) lora_B lora_A x, with W frozen, lora_A [rank, in], lora_B
-    [out, rank]. Both are fp32: steps are often smaller than the distance between two bf16
-    numbers."""
-    def __init__(self, base_layer: "nn.Linear | QuantizedLinear", rank: int,
-                 alpha: float = LORA_ALPHA):
+    [out, rank]. Both are fp32: many steps are smaller than the gap between bf16 numbers."""
+    def __init__(self, base_layer: "nn.Linear | QuantizedLinear", rank: int, alpha: float = LORA_ALPHA):
         super().__init__()
         self.base_layer, self.scale = base_layer, alpha / rank
         self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False)
@@ -1393,13 +1377,11 @@ class LoRALinear(nn.Module):
         return y + update.to(y.dtype)
 
 def decoder_linears(model: Danube3) -> dict[str, Any]:
-    """The linear layers of all decoder layers, by name."""
     return {name: module for name, module in model.named_modules() if name.endswith("_proj")}
 
 def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
-    """Freeze the model and put an adapter on each linear layer of its decoder layers. lora_A
-    starts random, lora_B at 0, so it adds nothing at first. Norms become fp32, and with them
-    the residual stream."""
+    """Freeze the model and add its adapters. lora_A starts random, lora_B at 0, so they change
+    nothing at first. Norms become fp32, and so does the residual stream."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -1413,13 +1395,12 @@ def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
     return model
 
 PEFT_PREFIX = "base_model.model."  # of tensor names in peft's files
-# Fields of adapter_config.json that must be empty, or peft computes otherwise.
+# Fields of adapter_config.json: if one is set, peft computes otherwise.
 NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
              "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "lora_bias")
 
-def write_adapters(folder: Path, model: Danube3, weights: Tensors, base: Path,
-                   base_sha256: str) -> None:
-    """Write the adapters alone, in peft's layout. `base` has the other weights."""
+def write_adapters(folder: Path, model: Danube3, weights: Tensors, base: Path, base_sha256: str) -> None:
+    """Write the adapters alone, in peft's layout."""
     lora = next(module for module in model.modules() if isinstance(module, LoRALinear))
     rank = lora.lora_A.out_features
     write_json(folder / "adapter_config.json", {
@@ -1440,7 +1421,7 @@ def adapter_base(folder: Path) -> Path:
     return base
 
 def load_adapters(model: Danube3, folder: Path) -> Danube3:
-    """Put a folder's adapters on the linear layers they were trained for."""
+    """Put a folder's adapters on a model."""
     path, linears, weights = folder / "adapter_config.json", decoder_linears(model), {}
     require_weights(folder / "adapter_model.safetensors")
     for name, weight in read_tensors(folder / "adapter_model.safetensors").items():
@@ -1452,231 +1433,254 @@ def load_adapters(model: Danube3, folder: Path) -> Danube3:
         plain &= config.get("init_lora_weights") in (None, True, False, "gaussian", "eva", "orthogonal")
         require(plain, f"{path} is not plain LoRA: merge those adapters into their base with peft")
         rank, alpha = config["r"], config["lora_alpha"]
-        valid = type(rank) is int and 0 < rank < 2**16 and math.isfinite(alpha)
-        require(valid, f"{path}: r or lora_alpha is wrong")
+        require(type(rank) is int and 0 < rank < 2**16 and math.isfinite(alpha),
+                f"{path}: r or lora_alpha is wrong")
         for name in {name.partition(".lora_")[0] for name in weights}:
             require(name in linears, f"{folder} changes {name} too: merge those adapters with peft")
             model.set_submodule(name, LoRALinear(linears[name], rank, alpha).to(model.device))
         adapters = {name for name, _ in model.named_parameters() if ".lora_" in name}
-        fits = bool(weights) and weights.keys() == adapters
-        require(fits, f"{folder} does not fit the base it names: copy both again")
+        require(weights and weights.keys() == adapters,
+                f"{folder} does not fit the base it names: copy both again")
         model.load_state_dict(weights, strict=False)
     return model
 
-# ==== 11. Quantization ==================================================================
+# ==== 11. Quantization ====
 #
-# int8 has one scale per row of a weight matrix and one of 255 values per weight, int4 one
-# scale per group of 32 weights and one of 16 values. Decoding reads all linear layers for
-# each token, so fewer bytes mean more speed. **Round-to-nearest** (RTN) is enough at 8 bits.
-# At 4 bits **GPTQ** is better: later columns make up for the errors of earlier ones.
+# Each group of 32 weights of a row shares one **scale**, and each weight has a **code** of 8 or
+# 4 bits: weight = (code - offset) * scale. Decoding reads all linear layers for each token, so
+# fewer bytes mean more speed. **Round-to-nearest** (RTN) is enough at 8 bits. At 4 bits
+# **calibration** on text is better: weights make up for each other's errors.
 
-GROUP = 32  # weights per scale in int4 [ours], as in GGUF
+GROUP = 32  # weights per scale [ours], as in GGUF
 
-def reciprocal(scales: Tensor) -> Tensor:
-    """1 / scale, and 0 where the scale is 0."""
-    return torch.where(scales == 0, 0.0, 1 / scales)
+def stored_scales(scales: Tensor) -> Tensor:
+    """Scales as they are stored: fp16, and 1 instead of 0, because some programs divide by them."""
+    scales = scales.half()
+    return torch.where(scales == 0, 1.0, scales)
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """w = code * scale, with scale = max|w| / 127 of a row. [out, in] -> int8 [out, in], fp16 [out]"""
-    weight = weight.float()
-    scales = (weight.abs().amax(dim=1) / 127).half().float()  # [out], as stored
-    scaled = weight * reciprocal(scales)[:, None]  # [out, in]
-    codes = (scaled.abs() + 0.5).floor().clamp(max=127) * scaled.sign()  # .5 goes away from zero, as in GGUF
-    return codes.to(torch.int8), scales.half()
+    """w = (code - 128) * scale, with scale = max|w| / 127 of a group.
+    [out, in] -> codes 1 .. 255 as uint8 [out, in], scales fp16 [out, in/32]"""
+    groups = weight.float().unflatten(1, (-1, GROUP))  # [out, in/32, 32]
+    scales = stored_scales(groups.abs().amax(dim=2) / 127)  # [out, in/32]
+    values = groups / scales[..., None].float()
+    values = (values.abs() + 0.5).floor().clamp(max=127) * values.sign()  # .5 goes away from zero, as in GGUF
+    return (values + 128).flatten(1).to(torch.uint8), scales
+
+def nearest_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """uint8 codes of weights for given scales: 1 .. 255 at 8 bits, 0 .. 15 at 4"""
+    lowest, offset = (1, 128) if bits == 8 else (0, 8)
+    return (weight / scales.float() + offset + 0.5).floor().clamp(lowest, 2 * offset - 1).to(torch.uint8)
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """w = (code - 8) * scale. The largest |w| of a group gets code 0, so scale = w / -8.
     [out, in] -> codes 0 .. 15 as uint8 [out, in], scales fp16 [out, in/32]"""
     groups = weight.float().unflatten(1, (-1, GROUP))  # [out, in/32, 32]
     largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))  # [out, in/32, 1]
-    scales = (largest / -8).half().float()
-    codes = (groups * reciprocal(scales) + 8.5).floor().clamp(0, 15)
-    return codes.flatten(1).to(torch.uint8), scales[..., 0].half()
+    scales = stored_scales(largest / -8)
+    return nearest_codes(groups, scales, 4).flatten(1), scales[..., 0]
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Byte j of a group has code j in its low half, code j + 16 in its high half, as in
-    GGUF. uint8 [.., in] -> [.., in/2]"""
-    low, high = codes.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)  # 2 x [.., in/32, 16]
-    return (low | (high << 4)).flatten(-2)
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """A byte holds one code of 8 bits, or codes 2j (its low half) and 2j + 1 of 4 bits, as in the
+    package compressed-tensors. uint8 [.., in] -> [.., in bits/8]"""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)  # [8/bits]
+    return (codes.unflatten(-1, (-1, len(shifts))) << shifts).sum(-1, dtype=torch.uint8)
 
-def unpack_int4(packed: Tensor) -> Tensor:
-    """The inverse of pack_int4. uint8 [.., in/2] -> [.., in]"""
-    pairs = packed.unflatten(-1, (-1, GROUP // 2))  # [.., in/32, 16]
-    return torch.cat((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of pack. uint8 [.., in bits/8] -> [.., in]"""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
 
-def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """int8 [.., in] and scales [..], or packed int4 [.., in/2] and scales [.., in/32] -> fp32 [.., in]"""
-    if codes.dtype == torch.int8:
-        return codes.float() * scales.float()[..., None]
-    values = unpack_int4(codes).unflatten(-1, (-1, GROUP)).float() - 8  # [.., in/32, 32]
+def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
+    """uint8 [.., in bits/8] and scales [.., in/32] -> fp32 [.., in]. Their sizes tell the bits."""
+    bits = 8 * packed.shape[-1] // (GROUP * scales.shape[-1])
+    values = unpack(packed, bits).unflatten(-1, (-1, GROUP)).float() - 2 ** (bits - 1)  # [.., in/32, 32]
     return (values * scales.float()[..., None]).flatten(-2)
 
 class DequantizedMatmul(torch.autograd.Function):
     """x W^T for a frozen, quantized W. The backward pass dequantizes again instead of storing W."""
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:  # [.., in] -> [.., out]
-        ctx.save_for_backward(codes, scales)
-        return F.linear(x, dequantize(codes, scales).to(x.dtype))
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:  # [.., in] -> [.., out]
+        ctx.save_for_backward(packed, scales)
+        return F.linear(x, dequantize(packed, scales).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        codes, scales = ctx.saved_tensors
-        return grad @ dequantize(codes, scales).to(grad.dtype), None, None
+        packed, scales = ctx.saved_tensors
+        return grad @ dequantize(packed, scales).to(grad.dtype), None, None
+
+def int8_matvec(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """W x for one vector. x [in], uint8 [out, in], [out, in/32] -> [out], in fp32
+
+    Compiled, this is one loop that reads each code once and never stores W."""
+    weight = (codes.unflatten(1, (-1, GROUP)).float() - 128) * scales.float()[..., None]  # [out, in/32, 32]
+    return (weight * x.float().view(-1, GROUP)).sum((1, 2))
+
+@functools.cache
+def compiled_int8_matvec() -> Any:
+    return torch.compile(int8_matvec, dynamic=True)  # dynamic: once for nearly all sizes
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler is there that torch.compile takes on CPUs."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX", usual)) is not None
 
 class QuantizedLinear(nn.Module):
-    """A linear layer stored as codes, int8 [out, in] or packed int4 [out, in/2], and scales."""
+    """A linear layer stored as packed codes, uint8 [out, in bits/8], and scales, fp16 [out, in/32]."""
     def __init__(self, out_features: int, in_features: int, bits: int):
         super().__init__()
         self.out_features, self.in_features, self.bits = out_features, in_features, bits
-        dtype, shape = torch.int8, [out_features]
-        if bits == 4:
-            dtype, shape = torch.uint8, [out_features, in_features // GROUP]
-        self.codes = nn.Buffer(torch.empty(out_features, in_features * bits // 8, dtype=dtype))
-        self.scales = nn.Buffer(torch.empty(shape, dtype=torch.float16))
-        self.packed: tuple[Tensor, ...] | None = None
+        self.weight_packed = nn.Buffer(torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8))
+        self.weight_scale = nn.Buffer(torch.empty(out_features, in_features // GROUP, dtype=torch.float16))
+        self.fast = False
 
     @property
     def weight(self) -> Tensor:  # [out, in], fp32
-        return dequantize(self.codes, self.scales)
+        return dequantize(self.weight_packed, self.weight_scale)
 
-    def pack(self) -> None:
-        """Switch to PyTorch's fast CPU kernels, which round inputs and scales to bf16. Where
-        PyTorch lacks one, nothing changes. For inference only: int4 loses its codes and
-        scales."""
-        kernel = "_weight_int8pack_mm" if self.bits == 8 else "_weight_int4pack_mm_for_cpu"
-        if self.codes.device.type != "cpu" or self.out_features % 16 or not hasattr(torch, kernel):
+    def make_fast(self) -> None:
+        """Prepare for decoding on CPUs. Where that is not possible, nothing changes.
+
+        8 bits: large matrices take the compiled int8_matvec. 4 bits: a kernel of PyTorch, which rounds
+        inputs and scales to bf16 and gives no gradients. It needs an order of its own: `weight` is lost."""
+        if self.weight_packed.device.type != "cpu":
             return
         if self.bits == 8:
-            self.packed = self.codes, self.scales.bfloat16()
-            return
-        for rows in self.codes.split(256):  # in place, in parts: as int32 they need 8 times the memory
-            rows.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack_int4(rows).int(), 1))
-        scales = self.scales.T.bfloat16()  # [in/32, out]
-        self.packed = self.codes, torch.stack((scales, torch.zeros_like(scales)), dim=-1)  # zero points: 0
-        del self.codes, self.scales
+            self.fast = self.weight_packed.numel() >= 2**18 and has_compiler()
+        elif self.out_features % 16 == 0 and hasattr(torch, "_weight_int4pack_mm_for_cpu"):
+            self.fast = True
+            for rows in self.weight_packed.split(256):  # in parts: as int32 they need 8 times the memory
+                rows.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack(rows, 4).int(), 1))
+            scales = self.weight_scale.T.bfloat16()  # [in/32, out]
+            zero_points = torch.zeros_like(scales)
+            self.weight_scale = nn.Buffer(torch.stack((scales, zero_points), dim=-1))  # [in/32, out, 2]
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
-        many = x.numel() > 16 * self.in_features  # the int8 kernel is slow for many rows
-        if self.packed is None or (self.bits == 8 and many):
-            return DequantizedMatmul.apply(x, self.codes, self.scales)
-        rows = x.reshape(-1, self.in_features).bfloat16()
-        if self.bits == 8:
-            y = torch._weight_int8pack_mm(rows, *self.packed)
+        rows = x.reshape(-1, self.in_features)  # [N, in]
+        if self.fast and self.bits == 4:
+            weight = self.weight_packed, GROUP, self.weight_scale
+            y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), *weight)
+        elif self.fast and 0 < len(rows) <= 4:  # each row reads all codes again
+            product = compiled_int8_matvec()
+            y = torch.stack([product(row, self.weight_packed, self.weight_scale) for row in rows])
         else:
-            y = torch._weight_int4pack_mm_for_cpu(rows, self.packed[0], GROUP, self.packed[1])
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
-
-class QuantizedEmbedding(QuantizedLinear):
-    """Rows of a quantized matrix, by index: [B, T] -> [B, T, D]."""
-    def pack(self) -> None:
-        pass  # rows are looked up, not multiplied
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return dequantize(self.codes[input_ids], self.scales[input_ids])
+            return DequantizedMatmul.apply(x, self.weight_packed, self.weight_scale)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)  # [N, out] -> [.., out]
 
 def use_quantized_modules(model: Danube3, weights: Tensors) -> Danube3:
-    """Put quantized modules, still empty, where `weights` has codes. Their type tells int8 from int4."""
-    for name, codes in weights.items():
+    """Put quantized layers, still empty, where `weights` has packed codes. Their size tells the bits."""
+    for name, packed in weights.items():
         module, _, kind = name.rpartition(".")
-        if kind == "codes":
-            replaced: Any = model.get_submodule(module)
-            quantized = QuantizedEmbedding if isinstance(replaced, nn.Embedding) else QuantizedLinear
-            out_features, in_features = replaced.weight.shape
-            bits = 8 if codes.dtype == torch.int8 else 4
-            model.set_submodule(module, quantized(out_features, in_features, bits))
+        if kind == "weight_packed":
+            linear: Any = model.get_submodule(module)
+            bits = 8 * packed.shape[1] // linear.in_features
+            require(bits in (4, 8), f"{name} has {bits} bits per weight, not 4 or 8")
+            model.set_submodule(module, QuantizedLinear(linear.out_features, linear.in_features, bits))
     return model
 
-# **GPTQ** (arXiv 2210.17323). For y = W x, an error E of W costs the mean of |E x|^2, which
-# is trace(E C E^T), with C the mean of x x^T over calibration data. (C is half the second
-# derivative of the cost, so the code calls it the Hessian. Any multiple will do.) Each row e
-# of E is a problem of its own:
+# For y = W x, an error E of W costs the mean of |E x|^2 over calibration data, which is
+# trace(E C E^T), with C the mean of x x^T. (C is half the second derivative of the cost, so the
+# code calls it the Hessian. Any multiple will do.) Each row e of E is a problem of its own:
+# make e C e^T small. RTN makes each entry of e small, but entries can also make up for others.
 #
-#  1. Rounding weight i fixes e_i. Choose the later e_j, j > i, so that e C e^T is smallest, with
-#     e = new - old weights, the old ones as moved by earlier steps.
-#  2. At the minimum the derivatives by these e_j, twice the entries of e C after the first, are
-#     0: e C = (c, 0, .., 0), e = c P_1, with P_1 the first row of P, the inverse of what is left
-#     of C (rows and columns from i on). So e = e_i P_1 / P_11, at the cost e_i^2 / P_11.
-#  3. One factorization holds all inverses: C^-1 = U^T U, U upper triangular. With only the rows
-#     and columns of U from i on, U^T U is P. So P_1 = U_ii (row i of U), P_11 = U_ii^2: weights
-#     j > i move by -(w_i - rounded w_i) U_ij / U_ii, the error of column i has weight 1 / U_ii^2.
+# **Coordinate descent** (QuantEase, arXiv 2309.01885) changes one number at a time and leaves
+# all others as they are. A step that adds t d to e changes the cost to a parabola in t,
+#
+#     (e + t d) C (e + t d)^T = e C e^T + 2 t (e C d^T) + t^2 (d C d^T),
+#
+# which is lowest at t = -(e C d^T) / (d C d^T). For weight i, d is 1 at i and 0 elsewhere: move
+# the weight by -(e C)_i / C_ii, and take the nearest code. For the scale of a group, d has
+# the group's values, code - offset, and 0 elsewhere. A few sweeps come near a local minimum.
+# (**GPTQ**, arXiv 2210.17323, sweeps once, and lets the weights ahead take any value meanwhile.)
 
-def search_scales(groups: Tensor, error_weight: Tensor) -> Tensor:
-    """The best of 50 scales for each group, by weighted error. [out, 32], [32] -> [out]
+def search_scales(groups: Tensor, importance: Tensor | float) -> Tensor:
+    """The int4 scales, out of 12 for each group, with the smallest weighted squared error.
+    groups [.., 32], importance broadcast to it -> fp16 [..]
 
-    Candidates [ours]: quantize_int4's scale by 0.6 to 1.2, -0.7 to -1.3 (largest near code
-    15). Each is fitted to its codes."""
-    largest = groups.gather(1, groups.abs().argmax(dim=1, keepdim=True))  # [out, 1]
-    best, lowest = largest[:, 0], torch.full_like(largest[:, 0], math.inf)
-    for factor in torch.cat((torch.linspace(0.6, 1.2, 25), torch.linspace(-1.3, -0.7, 25))).tolist():
-        scales = (largest / -8 * factor).half().float()
-        values = (groups * reciprocal(scales) + 0.5).floor().clamp(-8, 7)  # [out, 32], code - 8
+    Candidates [ours]: quantize_int4's scale times 0.8 .. 1.1, or -0.9 .. -1.2 (the largest
+    weight is then near code 15). Each is fitted to its codes."""
+    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))  # [.., 1]
+    best, lowest = stored_scales(largest / -8), torch.full_like(largest, math.inf)
+    for factor in torch.cat((torch.linspace(0.8, 1.1, 6), torch.linspace(-1.2, -0.9, 6))).tolist():
+        values = nearest_codes(groups, stored_scales(largest / -8 * factor), 4).float() - 8  # [.., 32]
         # The s with the smallest sum of a (w - s v)^2 is sum(a w v) / sum(a v^2).
-        fitted = (error_weight * groups * values).sum(1) * reciprocal((error_weight * values * values).sum(1))
-        fitted = fitted.half().float()
-        error = (error_weight * (groups - fitted[:, None] * values) ** 2).sum(1)
-        best = torch.where(error < lowest, fitted, best)
-        lowest = torch.minimum(error, lowest)
-    return best
+        weighted = importance * values
+        fitted = stored_scales((weighted * groups).sum(-1, True) / (weighted * values).sum(-1, True))
+        error = (importance * (groups - fitted.float() * values) ** 2).sum(-1, True)  # [.., 1]
+        better = error < lowest  # False for NaN, where all values are 0
+        best, lowest = torch.where(better, fitted, best), torch.where(better, error, lowest)
+    return best[..., 0]
 
-def gptq(weight: Tensor, hessian: Tensor, percdamp: float = 0.05) -> tuple[Tensor, Tensor]:
+def round_to_nearest(weight: Tensor, bits: int, importance: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """quantize_int8, or int4 with searched scales, in which `importance` [in/32, 32] counts.
+    [out, in] -> codes uint8 [out, in], scales fp16 [out, in/32]"""
+    if bits == 8:
+        return quantize_int8(weight)
+    groups = weight.float().unflatten(1, (-1, GROUP))  # [out, in/32, 32]
+    scales = torch.cat([search_scales(rows, importance) for rows in groups.split(64)])  # parts fit in caches
+    return nearest_codes(groups, scales[..., None], 4).flatten(1), scales
+
+def calibrate(weight: Tensor, hessian: Tensor, bits: int, sweeps: int = 4,
+              damping: float = 0.05) -> tuple[Tensor, Tensor]:
     """weight [out, in], hessian [in, in] -> codes uint8 [out, in], scales fp16 [out, in/32]
 
-    The diagonal grows by `percdamp` [ours] times its mean. So the Hessian can be inverted,
-    and weights of rare inputs move little."""
-    weight, size = weight.float().clone(), weight.shape[1]
-    damping = percdamp * hessian.diagonal().mean() + 1e-12
-    hessian = hessian.float() + torch.eye(size, device=hessian.device) * damping
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    factor = torch.linalg.cholesky(inverse, upper=True)  # U [in, in]
-    codes, scales = [], []
-    for start in range(0, size, GROUP):
+    The diagonal grows by `damping` [ours] times its mean: weights of rare inputs move little."""
+    weight, size, offset = weight.float(), weight.shape[1], 2 ** (bits - 1)
+    added = damping * hessian.diagonal().mean() + 1e-12
+    hessian = hessian.float() + added * torch.eye(size, device=hessian.device)
+    codes, scales = round_to_nearest(weight, bits, hessian.diagonal().unflatten(0, (-1, GROUP)))
+    values, scales = codes.float() - offset, scales.float()
+    errors = values * scales.repeat_interleave(GROUP, dim=1) - weight  # e of each row [out, in]
+    for start in sweeps * list(range(0, size, GROUP)):
         end = start + GROUP
-        group = weight[:, start:end]  # [out, 32], a view: changing it changes `weight`
-        scaled_errors = torch.empty_like(group)  # (w_i - rounded w_i) / U_ii
-        scale = search_scales(group, factor.diagonal()[start:end] ** -2)  # [out]
+        v, scale = values[:, start:end], scales[:, start // GROUP]  # views [out, 32], [out]
+        own = hessian[start:end, start:end]                         # [32, 32]
+        slopes = errors @ hessian[:, start:end]              # e C [out, 32]
+        v_slopes = v @ own                                   # d C of the scale [out, 32]
+        step = -(slopes * v).sum(1) / (v_slopes * v).sum(1)  # [out], NaN where all values are 0
+        fitted = (scale + step).half().float()  # 0, inf and NaN are no scales: keep the old one
+        change = torch.where((fitted != 0) & fitted.isfinite(), fitted - scale, 0.0)
+        scale += change
+        slopes += change[:, None] * v_slopes
         for i in range(GROUP):
-            row = factor[start + i, start:end]  # [32]
-            code = (group[:, i] * reciprocal(scale) + 8.5).floor().clamp(0, 15)  # [out]
-            scaled_errors[:, i] = (group[:, i] - scale * (code - 8)) / row[i]
-            group[:, i + 1:] -= scaled_errors[:, i, None] * row[i + 1:]
-            codes.append(code.to(torch.uint8))
-        weight[:, end:] -= scaled_errors @ factor[start:end, end:]  # the columns after the group
-        scales.append(scale)
-    return torch.stack(codes, dim=1), torch.stack(scales, dim=1).half()
+            target = v[:, i] * scale - slopes[:, i] / own[i, i]  # [out]
+            moved = nearest_codes(target, scale, bits).float() - offset - v[:, i]
+            v[:, i] += moved
+            slopes += (moved * scale)[:, None] * own[i]
+        errors[:, start:end] = v * scale[:, None] - weight[:, start:end]
+    return (values + offset).to(torch.uint8), scales.half()
 
-# ==== 12. Opening any folder ============================================================
+# ==== 12. Opening any folder ====
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    pack: bool = False) -> tuple[Danube3, Tokenizer]:
+                    fast: bool = False) -> tuple[Danube3, Tokenizer]:
     """Open a checkpoint. -> the model in eval mode, in `dtype` (default: config.json's), and
-    the tokenizer
-
-    `pack` makes a quantized model fast on CPUs, for inference only."""
+    the tokenizer. `fast` prepares a quantized model for decoding on CPUs only."""
     folder = find_checkpoint(path)
     verify_checksums(folder, skip="training_state")
     if (folder / "adapter_config.json").is_file():
-        alone = not (folder / "model.safetensors").is_file()
-        require(alone, f"{folder} holds adapters and a whole model: move one to another folder")
-        model, tokenizer = load_checkpoint(adapter_base(folder), device, dtype, pack)
+        require(not (folder / "model.safetensors").is_file(),
+                f"{folder} holds adapters and a whole model: move one to another folder")
+        model, tokenizer = load_checkpoint(adapter_base(folder), device, dtype, fast)
         return load_adapters(model, folder).eval(), tokenizer
     config, raw, weights = read_config(folder), read_json(folder / "config.json"), read_weights(folder)
     with torch.device("meta"), reading(folder):  # shapes without memory
         model = use_quantized_modules(Danube3(config), weights)
         widest = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
-    if dtype is None:  # as config.json says, otherwise a type that holds all stored ones
+    if dtype is None:  # config.json's, or one that holds all stored ones
         name = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
         dtype = DTYPES.get(name, widest)
         if raw.get("quantization_config"):
             dtype = compute_dtype(torch.device(device))
     for name, weight in weights.items():
-        # copy: a mapped file has another alignment, which can change the last bits of a product
+        # copy: a mapped file's alignment can change the last bits of a product
         weights[name] = weight.to(device, dtype if name.endswith("weight") else None, copy=True)
-        finite = is_finite(weights[name])
-        require(finite, f"{folder}: {name} is not finite as {dtype}: use another type, or older weights")
+        require(is_finite(weights[name]),
+                f"{folder}: {name} is not finite as {dtype}: use another type, or older weights")
     with reading(folder):
         model.load_state_dict(weights, assign=True)
     model.stop_ids = read_stop_ids(folder, config)
     for module in model.modules():
-        if pack and isinstance(module, QuantizedLinear):
-            module.pack()
+        if fast and isinstance(module, QuantizedLinear):
+            module.make_fast()
     return model.eval(), read_tokenizer(folder, config)

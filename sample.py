@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Generator
 from pathlib import Path
@@ -304,6 +305,25 @@ def as_table(results: dict[str, float]) -> str:
         lines.append(f"{name:24}{value:>12,}" if isinstance(value, int) else f"{name:24}{value:>12.4f}")
     return "\n".join(lines)
 
+def stored_bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+@torch.no_grad()
+def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
+    """Tokens per second after a prompt of 8, and the bytes of weights read per second. Best of three."""
+    next_ids, best = torch.full((1, 8), model.config.bos_token_id, device=model.device), math.inf
+    for _ in range(3):
+        kv_cache = danube3.KVCache(model.config, 1, 8 + tokens, model.dtype, model.device)
+        model.model(next_ids.expand(1, 8), kv_cache)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            logits = model.lm_head(model.model(next_ids[:, -1:], kv_cache)[:, -1])  # [1, V]
+            next_ids = logits.argmax(-1, keepdim=True)                              # [1, 1]
+        next_ids.item()  # waits for the device
+        best = min(best, (time.perf_counter() - start) / tokens)
+    read = stored_bytes(model) - stored_bytes(model.model.embed_tokens)
+    return 1 / best, read / best
+
 # ---- The program
 
 def arguments() -> argparse.Namespace:
@@ -396,7 +416,7 @@ def complete(model: Danube3, tokenizer: Tokenizer, prompt: str, max_new_tokens: 
 def main() -> None:
     args = arguments()
     device, dtype = pick_device(args.device), danube3.DTYPES.get(args.dtype)
-    model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, pack=not args.eval)
+    model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, fast=not args.eval)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if "<|prompt|>" not in str(tokenizer.chat_template) and not args.prompt:
         print("warning: the model has another chat template; Danube3's is used here", file=sys.stderr)

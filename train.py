@@ -4,7 +4,6 @@ import argparse
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -225,7 +224,7 @@ def merge_lora(model: Danube3) -> Danube3:
     return model
 
 def dequantize_model(model: Danube3) -> Danube3:
-    """Replace quantized linear layers and embeddings by ordinary ones, in place."""
+    """Replace quantized linear layers by ordinary ones, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, danube3.QuantizedLinear):
             set_weight(model, name, module.weight.to(model.dtype))
@@ -259,7 +258,7 @@ def measure_matmul_peak(device: torch.device, seconds: float = 0.3) -> float:
 
 def compile_model(model: Danube3) -> None:
     """torch.compile fuses the small operations of a decoder layer. All layers share the result."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    if not danube3.has_compiler():
         print("no C++ compiler found: going on without --compile")
         return
     for layer in model.model.layers:

@@ -14,7 +14,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import safetensors  # noqa: E402
 import torch  # noqa: E402
 
 import danube3  # noqa: E402
@@ -33,18 +32,14 @@ def prepare(out, name):
         danube3.save_checkpoint(out / "bf16", model, tokenizer, dtype=torch.bfloat16)
     for bits in (8, 4):
         if not (out / f"int{bits}").exists():
-            done = {}
-            if bits == 4:  # the head too, as GPTQ does
-                head = safetensors.safe_open(out / "bf16" / "model.safetensors", "pt").get_tensor("lm_head.weight")
-                codes, scales = danube3.quantize_int4(head)
-                done = {"lm_head": (danube3.pack_int4(codes), scales)}
-            quantize.quantize_folder(out / "bf16", out / f"int{bits}", bits, done)
+            layout = dict.fromkeys(quantize.layout(danube3.CONFIGS[name], bits), bits)  # one type, as Q8_0 and Q4_0
+            quantize.quantize_folder(out / "bf16", out / f"int{bits}", layout, {})
         if not (out / f"int{bits}.gguf").exists():
             quantize.write_gguf(out / f"int{bits}", out / f"int{bits}.gguf")
 
 
 def ours(path, compiled):
-    model, _ = danube3.load_checkpoint(path, pack=True)
+    model, _ = danube3.load_checkpoint(path, fast=True)
     if compiled:
         train.compile_model(model)
 

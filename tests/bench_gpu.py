@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT)]
 # --------------------------------------------- The project's names: nothing below this block uses any other.
 import danube3  # noqa: E402
 import quantize  # noqa: E402
+import sample  # noqa: E402
 import train  # noqa: E402
 from data import read, toy  # noqa: E402
 
@@ -39,7 +40,7 @@ CONFIGS, DanubeError, Tokenizer = danube3.CONFIGS, danube3.DanubeError, danube3.
 count_parameters, flops_per_token = danube3.count_parameters, danube3.flops_per_token
 load_checkpoint, save_checkpoint = danube3.load_checkpoint, danube3.save_checkpoint
 make_optimizer, evaluate_loss = danube3.make_optimizer, danube3.evaluate_loss
-generate, measure_decoding = danube3.generate, quantize.measure_decoding
+generate, measure_decoding = danube3.generate, sample.measure_decoding
 measure_peak, pick_device, compile_model = train.measure_matmul_peak, read.pick_device, train.compile_model
 make_toy_data, quantize_folder = toy.make, quantize.quantize_folder
 choose_checkpointing, memory_bytes = train.choose_checkpointing, train.memory_bytes
@@ -68,12 +69,11 @@ def new_model(config, device, checkpointing=False):
 def random_model(config, kind, device):
     """A model to decode with, in bf16, int8 or int4. The weights, or the codes, are random."""
     with torch.device("meta"):
-        model, codes = danube3.Danube3(config).bfloat16(), {}
-        for name, module in model.named_modules():
-            bits = quantize.bits_for(name, quantize.SCHEMES.get(kind, {}))
-            if bits and hasattr(module, "weight"):
-                codes[f"{name}.codes"] = torch.empty(0, dtype=torch.int8 if bits == 8 else torch.uint8)
-        danube3.use_quantized_modules(model, codes)
+        model, packed = danube3.Danube3(config).bfloat16(), {}
+        for name, bits in quantize.layout(config, int(kind[3:])).items() if kind != "bf16" else ():
+            out_features, in_features = model.get_submodule(name).weight.shape
+            packed[f"{name}.weight_packed"] = torch.empty(out_features, in_features * bits // 8)
+        danube3.use_quantized_modules(model, packed)
     model = model.to_empty(device=device).eval()
     for weight in model.parameters():
         weight.data.normal_(mean=2 - weight.dim(), std=0.02)  # norm weights near 1, all others near 0
@@ -81,10 +81,10 @@ def random_model(config, kind, device):
         if buffer.is_floating_point():
             buffer.fill_(0.07 / 2 ** int(kind[3:]))  # scales, for weights of about 0.02
         else:
-            buffer.view(torch.uint8).random_()
+            buffer.random_()
     for module in model.modules():
-        if hasattr(module, "pack"):
-            module.pack()
+        if hasattr(module, "make_fast"):
+            module.make_fast()
     return model
 
 
@@ -198,9 +198,9 @@ def open_both(bench, kind):
         tokenizer = Tokenizer(bench.work / "toy" / "tokenizer.model")
         save_checkpoint(unquantized, model, tokenizer, dtype=torch.bfloat16)
     if not folder.exists():
-        quantize_folder(unquantized, folder, int(kind[3:]), {})
+        quantize_folder(unquantized, folder, quantize.layout(danube3.read_config(unquantized), int(kind[3:])), {})
     reference, tokenizer = load_checkpoint(folder, "cpu", torch.float32)
-    return reference, load_checkpoint(folder, bench.device, pack=True)[0], tokenizer.vocab_size
+    return reference, load_checkpoint(folder, bench.device, fast=True)[0], tokenizer.vocab_size
 
 
 # --------------------------------------------------------------------------------------------- Measurements

@@ -29,12 +29,13 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     TrainConfig.stage_ends TrainConfig.with_tokens make_optimizer learning_rate sequence_lengths micro_batches
     train_step evaluate_loss first_difference render_chat StreamingDetokenizer count_parameters flops_per_token
     sft_config pad_sequences ChatData LoRALinear add_lora merge_lora
-    reciprocal quantize_int8 quantize_int4 pack_int4 unpack_int4 dequantize DequantizedMatmul
-    QuantizedLinear QuantizedEmbedding use_quantized_modules search_scales gptq
+    stored_scales quantize_int8 nearest_codes quantize_int4 pack unpack dequantize DequantizedMatmul
+    int8_matvec QuantizedLinear use_quantized_modules search_scales round_to_nearest calibrate
     remix memory_bytes choose_checkpointing adjust dequantize_model
     ChatSession sliding_windows text_perplexity continuation_log_likelihoods encode_choice choice_log_likelihoods
     multiple_choice classification answer_all generative_evaluation
-    sample_sequences gram gptq_model bits_for interleave_heads gguf_blocks
+    sample_sequences linears_and_inputs calibrate_model layout quantization_config
+    interleave_heads gguf_blocks gguf_tensors
     token_count positive read_jsonl check_turns conversation_of
     sync locked verify_checksums read_config read_stop_ids read_tokenizer require_weights read_weights load_adapters
     load_checkpoint cut file_rows documents_of Source encode encode_all spool select write_shards

@@ -470,98 +470,102 @@ def round_away(x):
 
 
 def quantize_int8(weight):
-    """w = code * scale, with scale = max|w| / 127 of the row. weight [out, in] -> codes int8 [out, in], scales fp16
-    [out]. One row at a time. Codes are made for the scale as it is stored."""
-    codes, scales = np.zeros(weight.shape, np.int8), np.zeros(len(weight), np.float16)
-    for i, row in enumerate(weight.astype(np.float32)):
-        scales[i] = np.abs(row).max() / np.float32(127)
-        if scales[i]:
-            codes[i] = np.clip(round_away(row / np.float32(scales[i])), -127, 127)
+    """w = (code - 128) * scale, a scale for each group of 32 weights of a row: max|w| / 127, or 1 where that is 0.
+    weight [out, in] -> codes uint8 [out, in], scales fp16 [out, in/32]. Codes are for the scale as it is stored."""
+    codes, scales = np.zeros(weight.shape, np.uint8), np.ones((len(weight), weight.shape[1] // 32), np.float16)
+    for i, g in np.ndindex(scales.shape):
+        group = weight[i, 32 * g:32 * g + 32].astype(np.float32)
+        scales[i, g] = np.float16(np.abs(group).max() / np.float32(127)) or 1
+        codes[i, 32 * g:32 * g + 32] = 128 + np.clip(round_away(group / np.float32(scales[i, g])), -127, 127)
     return codes, scales
 
 
 def quantize_int4(weight):
     """w = (code - 8) * scale, codes 0 .. 15, a scale for each group of 32 weights of a row: -8 * scale is the one of
     largest magnitude. weight [out, in] -> codes uint8 [out, in], scales fp16 [out, in/32]"""
-    out_features, in_features = weight.shape
-    codes = np.full((out_features, in_features), 8, np.uint8)
-    scales = np.zeros((out_features, in_features // 32), np.float16)
-    for i in range(out_features):
-        for g in range(in_features // 32):
-            group = weight[i, 32 * g:32 * g + 32].astype(np.float32)
-            scales[i, g] = group[np.abs(group).argmax()] / np.float32(-8)
-            if scales[i, g]:
-                codes[i, 32 * g:32 * g + 32] = np.clip(np.floor(group / np.float32(scales[i, g]) + 8.5), 0, 15)
+    codes, scales = np.zeros(weight.shape, np.uint8), np.ones((len(weight), weight.shape[1] // 32), np.float16)
+    for i, g in np.ndindex(scales.shape):
+        group = weight[i, 32 * g:32 * g + 32].astype(np.float32)
+        scales[i, g] = np.float16(group[np.abs(group).argmax()] / np.float32(-8)) or 1
+        codes[i, 32 * g:32 * g + 32] = np.clip(np.floor(group / np.float32(scales[i, g]) + 8.5), 0, 15)
     return codes, scales
 
 
-def pack_int4(codes):
-    """Byte j of a group of 32 has code j in its low half, code j + 16 in its high half. [out, in] -> [out, in/2]"""
+def pack(codes, bits):
+    """8 bits: a byte for each code. 4 bits: byte j is code 2j + 16 * code 2j+1. [out, in] -> [out, in bits/8]"""
+    if bits == 8:
+        return codes
     packed = np.zeros((len(codes), codes.shape[1] // 2), np.uint8)
-    for g in range(codes.shape[1] // 32):
-        for j in range(16):
-            packed[:, 16 * g + j] = codes[:, 32 * g + j] + 16 * codes[:, 32 * g + 16 + j]
+    for j in range(packed.shape[1]):
+        packed[:, j] = codes[:, 2 * j] + 16 * codes[:, 2 * j + 1]
     return packed
 
 
-def unpack_int4(packed):
-    """The inverse of pack_int4. [out, in/2] -> [out, in]"""
+def unpack(packed, bits):
+    """The inverse of pack. [out, in bits/8] -> [out, in]"""
+    if bits == 8:
+        return packed
     codes = np.zeros((len(packed), packed.shape[1] * 2), np.uint8)
-    for g in range(packed.shape[1] // 16):
-        for j in range(16):
-            byte = packed[:, 16 * g + j]
-            codes[:, 32 * g + j], codes[:, 32 * g + 16 + j] = byte % 16, byte // 16
+    for j in range(packed.shape[1]):
+        codes[:, 2 * j], codes[:, 2 * j + 1] = packed[:, j] % 16, packed[:, j] // 16
     return codes
 
 
-def dequantize(codes, scales):
-    """int8 codes [out, in] and scales [out], or int4 codes [out, in] (unpacked) and scales [out, in/32] -> float32
-    [out, in]"""
-    if scales.ndim == 1:
-        return codes.astype(np.float32) * scales.astype(np.float32)[:, None]
-    return (codes.astype(np.float32) - 8) * np.repeat(scales.astype(np.float32), 32, axis=1)
+def dequantize(packed, scales):
+    """packed codes [out, in bits/8] and scales [out, in/32] -> float32 [out, in]"""
+    bits = 8 * packed.shape[1] // (32 * scales.shape[1])
+    offset = {8: 128, 4: 8}[bits]
+    return (unpack(packed, bits).astype(np.float32) - offset) * np.repeat(scales.astype(np.float32), 32, axis=1)
 
 
-def quantized_matmul(x, codes, scales):
+def quantized_matmul(x, packed, scales):
     """x W^T with W dequantized. x [.., in] -> [.., out]"""
-    return x @ dequantize(codes, scales).astype(np.float64).T
+    return x @ dequantize(packed, scales).astype(np.float64).T
 
 
-def group_scale(group, error_weight):
-    """Of 50 scales fitted by least squares, the one with the smallest weighted error of a group. [32], [32] -> float"""
-    largest, best, lowest = group[np.abs(group).argmax()], 0.0, np.inf
-    for factor in [*np.linspace(0.6, 1.2, 25), *np.linspace(-1.3, -0.7, 25)]:
-        start = float(np.float16(largest / -8 * factor))
-        values = np.clip(np.floor(group / start + 0.5), -8, 7) if start else np.zeros(len(group))  # code - 8
-        total = (error_weight * values ** 2).sum()
-        scale = float(np.float16((error_weight * group * values).sum() / total)) if total else 0.0
-        error = (error_weight * (group - scale * values) ** 2).sum()
+def group_scale(group, importance):
+    """Of 12 scales fitted by least squares, the one with the smallest weighted error of a group. [32], [32] -> float"""
+    largest, lowest = group[np.abs(group).argmax()], np.inf
+    best = float(np.float16(largest / -8)) or 1.0
+    for factor in [*np.linspace(0.8, 1.1, 6), *np.linspace(-1.2, -0.9, 6)]:
+        start = float(np.float16(largest / -8 * factor)) or 1.0
+        values = np.clip(np.floor(group / start + 0.5), -8, 7)  # code - 8
+        total = (importance * values ** 2).sum()
+        if total == 0:
+            continue
+        scale = float(np.float16((importance * group * values).sum() / total)) or 1.0
+        error = (importance * (group - scale * values) ** 2).sum()
         if error < lowest:
             best, lowest = scale, error
     return best
 
 
-def gptq(weight, hessian, percdamp=0.05):
-    """GPTQ by its definition (optimal brain surgeon, one column at a time): round column i, move the others to where
-    the error that remains is smallest, take column i out of the inverse Hessian. No Cholesky factor, no blocks.
+def calibrate(weight, hessian, bits, sweeps=4, damping=0.05):
+    """Coordinate descent on the cost e C e^T of each row, e = quantized - given weights, one number at a time. Both
+    the cost's slope and its curvature along that number are taken from the whole Hessian each time.
 
-    With the remaining columns R and A = (H_RR)^-1, rounding w_i by e = w_i - q_i costs e^2 / A_ii and moves those by
-    -e A_iR / A_ii. Then A becomes A - A_Ri A_iR / A_ii without row and column i. First, `percdamp` times
-    the mean of H's diagonal is added to that diagonal. weight [out, in], hessian [in, in]"""
-    W, size = weight.astype(np.float64).copy(), weight.shape[1]
-    A = np.linalg.inv(hessian + np.eye(size) * (percdamp * np.diag(hessian).mean() + 1e-12))
-    codes, scales = np.zeros(W.shape, np.uint8), np.zeros((len(W), size // 32), np.float16)
-    for i in range(size):
-        if i % 32 == 0:  # scales of the next group; an error's weight is 1 / A_ii as each column will find it
-            error_weight, B = np.zeros(32), A.copy()
-            for j in range(32):
-                error_weight[j] = 1 / B[i + j, i + j]
-                B = B - np.outer(B[:, i + j], B[i + j]) / B[i + j, i + j]
-            scales[:, i // 32] = [group_scale(row, error_weight) for row in W[:, i:i + 32]]
-        scale = scales[:, i // 32].astype(np.float64)
-        values = np.divide(W[:, i], scale, out=np.zeros(len(W)), where=scale != 0)
-        codes[:, i] = np.clip(np.floor(values + 8.5), 0, 15)
-        error = W[:, i] - scale * (codes[:, i].astype(np.float64) - 8)
-        W[:, i + 1:] -= np.outer(error, A[i, i + 1:]) / A[i, i]
-        A = A - np.outer(A[:, i], A[i]) / A[i, i]
-    return codes, scales
+    The start is round-to-nearest, at 4 bits with group_scale, weighted by the diagonal. `damping` times the mean of the
+    diagonal is added to it first. weight [out, in], hessian [in, in] -> codes uint8 [out, in], scales [out, in/32]"""
+    size, (lowest, offset) = weight.shape[1], {8: (1, 128), 4: (0, 8)}[bits]
+    C = hessian + np.eye(size) * (damping * np.diag(hessian).mean() + 1e-12)
+    codes, scales = quantize_int8(weight)
+    values, scales = codes.astype(np.float64) - offset, scales.astype(np.float64)
+    for row, w in enumerate(weight.astype(np.float64)):
+        if bits == 4:
+            for g in range(size // 32):
+                group = w[32 * g:32 * g + 32]
+                scales[row, g] = group_scale(group, np.diag(C)[32 * g:32 * g + 32])
+                values[row, 32 * g:32 * g + 32] = np.clip(np.floor(group / scales[row, g] + 0.5), -8, 7)
+        v, s = values[row], np.repeat(scales[row], 32)  # v: a view
+        for g in sweeps * list(range(size // 32)):
+            part = slice(32 * g, 32 * g + 32)
+            direction = np.zeros(size)
+            direction[part] = v[part]
+            if direction.any():
+                fitted = np.float16(s[part][0] - (v * s - w) @ C @ direction / (direction @ C @ direction))
+                s[part] = float(fitted) or s[part][0]  # 0 is no scale: keep the old one
+            for i in range(32 * g, 32 * g + 32):
+                target = v[i] * s[i] - (v * s - w) @ C[i] / C[i, i]
+                v[i] = np.clip(np.floor(target / s[i] + 0.5), lowest - offset, offset - 1)
+        scales[row] = s[::32]
+    return (values + offset).astype(np.uint8), scales.astype(np.float16)

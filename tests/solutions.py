@@ -203,12 +203,12 @@ def paired_difference(right_a, right_b):
     differences = np.array(right_a, dtype=float) - np.array(right_b, dtype=float)
     return differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
 """)],
-    "asymmetric-int4": [before("def pack_int4(", """
+    "asymmetric-int4": [before("def pack(", """
 def quantize_int4_asymmetric(weight):
     groups = weight.float().unflatten(1, (-1, GROUP))                               # [out, in/32, 32]
     minima = groups.amin(2).half()
     scales = ((groups.amax(2) - groups.amin(2)) / 15).half()
-    values = (groups - minima.float()[..., None]) * reciprocal(scales.float())[..., None]
+    values = (groups - minima.float()[..., None]) / torch.where(scales == 0, 1, scales).float()[..., None]
     return values.round().clamp(0, 15).flatten(1).to(torch.uint8), scales, minima
 
 

@@ -402,7 +402,7 @@ def test_resume_bit_for_bit(lora, dtype, bits, long_base, tokenizer, chat_file, 
     if bits:
         wide = dataclasses.replace(danube3.read_config(long_base), hidden_size=64, intermediate_size=96, head_dim=16)
         danube3.save_checkpoint(tmp_path / "wide", random_model(wide), tokenizer)
-        quantize.quantize_folder(tmp_path / "wide", long_base := tmp_path / "codes", bits, {})
+        quantize.quantize_folder(tmp_path / "wide", long_base := tmp_path / "codes", quantize.layout(wide, bits), {})
     dtype = getattr(torch, dtype)
     monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
     whole = start(tmp_path / "whole", long_base, tokenizer, chat_file, lora)

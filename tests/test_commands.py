@@ -161,7 +161,7 @@ def test_command(command, workspace, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(said.removeprefix("echo ") or "Where does Ada live?\n"))
     result = call(program, *flags, folder=workspace)
     assert result.returncode == 0, f"{command}\n{result.stderr}"
-    assert result.stdout.strip()
+    assert result.stdout  # of a hardly trained model it may be white space
 
 
 def test_the_example_from_python(workspace, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from conftest import TINY, call, one_line_error, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import danube3
+import quantize
 import train
 from data.read import short_count, token_count
 
@@ -271,13 +272,12 @@ def test_adapters_ask_for_what_they_need(gigabytes, on, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with torch.device("meta"):
         model = danube3.Danube3(danube3.CONFIGS["4b"])
-        codes = {  # an int4 folder has an int8 head
-            f"{name}.codes": torch.empty(0, dtype=torch.int8 if name == "lm_head" else torch.uint8)
-            for name, module in model.named_modules()
-            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
-        }
-        danube3.use_quantized_modules(model, codes).requires_grad_(False)
-    assert 2.1e9 < sum(buffer.nbytes for buffer in model.buffers()) < 2.4e9 and model.lm_head.bits == 8
+        packed = {}
+        for name, bits in quantize.layout(model.config, 4).items():
+            linear = model.get_submodule(name)
+            packed[f"{name}.weight_packed"] = torch.empty(linear.out_features, linear.in_features * bits // 8)
+        danube3.use_quantized_modules(model, packed).requires_grad_(False)
+    assert 2.3e9 < sum(buffer.nbytes for buffer in model.buffers()) < 2.5e9 and model.lm_head.bits == 8
     with torch.device("meta"):
         linear = model.model.layers[0].mlp.up_proj
         model.model.layers[0].mlp.up_proj = danube3.LoRALinear(linear, 16)

@@ -28,7 +28,7 @@ def test_every_building_block_has_a_twin():
     assert len(blocks) >= 6 and blocks <= twins
     assert {f"{name}_backward" for name in blocks - {"rotary_table"}} <= twins  # nothing is learned in the table
     formulas = {"next_token_probabilities", "generate", "mixture_pattern", "learning_rate", "quantize_int8",
-                "quantize_int4", "pack_int4", "unpack_int4", "dequantize", "gptq"}
+                "quantize_int4", "pack", "unpack", "dequantize", "calibrate"}
     assert formulas <= twins & functions_of(ROOT / "danube3.py")
 
 
