@@ -1624,7 +1624,8 @@ def calibrate(weight: Tensor, hessian: Tensor, bits: int, sweeps: int = 4,
               damping: float = 0.05) -> tuple[Tensor, Tensor]:
     """weight [out, in], hessian [in, in] -> codes uint8 [out, in], scales fp16 [out, in/32]
 
-    The diagonal grows by `damping` [ours] times its mean: weights of rare inputs move little."""
+    `damping` [ours] times its mean is added to the diagonal: weights whose inputs are nearly 0 move
+    little. The number of sweeps is [ours] too."""
     weight, size, offset = weight.float(), weight.shape[1], 2 ** (bits - 1)
     added = damping * hessian.diagonal().mean() + 1e-12
     hessian = hessian.float() + added * torch.eye(size, device=hessian.device)
@@ -1635,8 +1636,8 @@ def calibrate(weight: Tensor, hessian: Tensor, bits: int, sweeps: int = 4,
         end = start + GROUP
         v, scale = values[:, start:end], scales[:, start // GROUP]  # views [out, 32], [out]
         own = hessian[start:end, start:end]                         # [32, 32]
-        slopes = errors @ hessian[:, start:end]              # e C [out, 32]
-        v_slopes = v @ own                                   # d C of the scale [out, 32]
+        slopes = errors @ hessian[:, start:end]              # e C in this group [out, 32]
+        v_slopes = v @ own                                   # d C in it, d of the scale [out, 32]
         step = -(slopes * v).sum(1) / (v_slopes * v).sum(1)  # [out], NaN where all values are 0
         fitted = (scale + step).half().float()  # 0, inf and NaN are no scales: keep the old one
         change = torch.where((fitted != 0) & fitted.isfinite(), fitted - scale, 0.0)

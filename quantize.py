@@ -52,7 +52,7 @@ def check_quantizable(name: str, weight: Tensor) -> None:
     require(danube3.is_finite(weight), f"{name} is not finite: take an earlier checkpoint")
     require(weight.dim() == 1 or weight.shape[-1] % GROUP == 0,
             f"{name} has {weight.shape[-1]} inputs, no multiple of {GROUP}: such a model cannot be quantized")
-    largest = weight.abs().amax().item()  # over 8 or 127 it must be a number of fp16
+    largest = weight.abs().amax().item()  # its scale, largest / 8 or / 127, must fit into fp16
     require(largest <= 2**18, f"{name} holds {largest:.3g}, too large for fp16: take an earlier checkpoint")
 
 def linears_and_inputs(layer: danube3.DecoderLayer, table: tuple[Tensor, Tensor]) -> LinearInputs:
@@ -64,7 +64,7 @@ def linears_and_inputs(layer: danube3.DecoderLayer, table: tuple[Tensor, Tensor]
     """
     attention, mlp = layer.self_attn, layer.mlp
 
-    def attended(x: Tensor) -> Tensor:
+    def weighted_by_attention(x: Tensor) -> Tensor:
         x = layer.input_layernorm(x)
         q, k, _ = attention.heads(x, *table)
         identity = torch.eye(x.shape[1], device=x.device).expand(len(x), k.shape[1], -1, -1)  # [B, K, T, T]
@@ -83,7 +83,7 @@ def linears_and_inputs(layer: danube3.DecoderLayer, table: tuple[Tensor, Tensor]
         return danube3.swiglu(mlp.gate_proj(x), mlp.up_proj(x))  # [B, T, I]
 
     return [(["self_attn.q_proj"], layer.input_layernorm),
-            (["self_attn.k_proj", "self_attn.v_proj"], attended),
+            (["self_attn.k_proj", "self_attn.v_proj"], weighted_by_attention),
             (["self_attn.o_proj"], mixed_values),
             (["mlp.gate_proj", "mlp.up_proj"], mlp_inputs),
             (["mlp.down_proj"], mlp_features)]
@@ -131,7 +131,7 @@ def calibrate_model(model: Danube3, sequences: Tensor, bits: dict[str, int],
 # ---- Quantized folders, in the format "pack-quantized" of the package compressed-tensors
 
 def layout(config: DanubeConfig, bits: int) -> dict[str, int]:
-    """The bits of each linear layer and of the head [ours, chosen with tests/bench_real.py].
+    """The bits of each linear layer and of the head [ours; tests/README.md says what was tried].
 
     At 4 bits, the first and the last decoder layer (of 8 or more) keep 8 bits: errors cost most there. Layers
     that vLLM fuses (q, k and v; gate and up) have the same bits.
