@@ -1,8 +1,7 @@
 """H2O-Danube3 (arXiv 2407.09276) in one file, from tokens to a quantized chat model.
 
 The models of 500 million and 4 billion parameters have the Llama architecture. In three stages
-of pre-training, noisy web text gives way to cleaner text. train.py, sample.py and quantize.py
-use this file, which is read from top to bottom.
+of pre-training, noisy web text gives way to cleaner text.
 
 Letters in shape comments; "[B, T, D]" is a shape, "[]" a number, N any number:
 
@@ -10,8 +9,7 @@ Letters in shape comments; "[B, T, D]" is a shape, "[]" a number, N any number:
     T  sequence length           I  intermediate_size   K  key/value heads
     S  keys: cached and new      V  vocab_size          h  head_dim
 
-[paper] marks facts from the report, its model cards or published configurations, [ours] our own
-choices where nothing was published.
+[paper] marks facts from the report, its model cards or published configurations, [ours] our choices.
 """
 
 import contextlib
@@ -25,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ except ImportError:  # Windows: nothing is locked
 # Call cos once, in one thread: a first call by several is less exact (pytorch issue 188792).
 torch.zeros(1).cos().sin()
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Batch = tuple[Tensor, Tensor]  # input_ids and labels, 2 x [N, T]
 Messages = list[dict[str, str]]  # [{"role": "user", "content": ..}, ..]
 Tensors = dict[str, Tensor]  # by name
@@ -55,13 +55,11 @@ class DanubeError(Exception):
     """A mistake that the user can fix, in one line."""
 
 def require(condition: object, message: str) -> None:
-    """Raise DanubeError unless a condition on outside input (flags, files) holds."""
     if not condition:
         raise DanubeError(message)
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn errors of reading `path` into one line that names it."""
+def reading(path: Path) -> Iterator[None]:  # turns errors into one line that names the path
     try:
         pointer = path.is_file() and path.open("rb").read(15) == b"version https:/"
         require(not pointer, f"{path} is a Git-LFS pointer: run `git lfs pull`, or download the file")
@@ -72,12 +70,15 @@ def reading(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         raise DanubeError(f"{path} is missing or damaged ({reason}): copy it again") from error
 
+def is_recent_gpu(device: torch.device) -> bool:
+    """NVIDIA's GPUs from capability 8 on compute in bf16 and have FlashAttention."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
 # ==== 1. Configuration ====
 
 @dataclass(frozen=True)
 class DanubeConfig:
-    """The architecture, in the names of Hugging Face's config.json. Trap: H * h equals D in
-    all three models, but need not."""
+    """The architecture, in the names of config.json. Trap: H * h equals D in all models, but need not."""
     hidden_size: int  # D
     intermediate_size: int  # I
     num_hidden_layers: int
@@ -89,8 +90,8 @@ class DanubeConfig:
     max_position_embeddings: int = 8_192  # the context: the longest sequence
     rope_theta: float = 100_000.0  # base of the rotary frequencies
     rms_norm_eps: float = 1e-5
-    bos_token_id: int = 1  # <s> begins a document
-    eos_token_id: int = 2  # </s> ends one
+    bos_token_id: int = 1  # <s>
+    eos_token_id: int = 2  # </s>
     pad_token_id: int = 0  # <unk>
 
     def __post_init__(self) -> None:
@@ -116,9 +117,8 @@ class TrainConfig:
     """How a model is trained [ours]: Danube3's settings are not published. Betas and cosine
     are from the first Danube report (arXiv 2401.16818), except in the toy.
 
-    An **optimizer step** reads a **global batch** of `batch_size` sequences, in
-    **micro-batches** that fit into memory. Their gradients are summed (**gradient
-    accumulation**)."""
+    An **optimizer step** reads a **global batch** of `batch_size` sequences, in **micro-batches**
+    that fit into memory. Their gradients are summed (**gradient accumulation**)."""
     batch_size: int  # over all GPUs
     micro_batch_size: int  # B: sequences per pass on one GPU
     learning_rate: float  # the peak
@@ -131,7 +131,8 @@ class TrainConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     grad_clip: float = 1.0  # larger gradients are scaled down
-    save_every: int = 1_000  # steps between checkpoints
+    save_every: int = 1_000  # steps between checkpoints, at most
+    dtype: str = "auto"  # of products: see compute_dtype
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -145,8 +146,7 @@ class TrainConfig:
         return self.batch_size * self.sequence_length
 
     @property
-    def stage_ends(self) -> list[int]:
-        """The step at which each stage ends, rounded."""
+    def stage_ends(self) -> list[int]:  # in steps, rounded
         ends, tokens, per_step = [], 0, self.tokens_per_step
         for stage in self.stages:
             tokens += stage.tokens
@@ -154,13 +154,11 @@ class TrainConfig:
         return ends
 
     def with_tokens(self, total: int) -> "TrainConfig":
-        """The same stages in proportion, with `total` tokens."""
         old_total = sum(stage.tokens for stage in self.stages)
         stages = [replace(stage, tokens=stage.tokens * total // old_total) for stage in self.stages]
         return replace(self, stages=tuple(stages))
 
-# Weights in stages 1, 2, 3, in thousandths. The shares of web are [paper], the others
-# [ours]: the report shows them in a figure only.
+# Weights in stages 1, 2, 3, in thousandths. Web's are [paper], the others (in a figure only) [ours].
 SOURCES = ("web", "wikipedia", "academic", "synthetic", "instruct", "other")
 MIXTURES = ((906, 18, 18, 18, 30, 10), (817, 35, 35, 38, 55, 20), (516, 80, 80, 94, 190, 40))
 
@@ -171,7 +169,7 @@ def three_stages(*tokens: float) -> tuple[Stage, ...]:  # tokens of each
     return tuple(stages)
 
 CONFIGS = {
-    "toy": DanubeConfig(  # [ours] few heads: many small products are slow on a CPU
+    "toy": DanubeConfig(  # [ours] few heads: small products are slow on CPUs
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, initializer_range=0.04, vocab_size=1_024,
         max_position_embeddings=256),
@@ -189,7 +187,7 @@ TRAIN_CONFIGS = {
         learning_rate=3e-3, warmup_fraction=0.04, beta2=0.99, save_every=400),
     "500m": TrainConfig(
         stages=three_stages(2.8e12, 1.15e12, 0.05e12), sequence_length=8_192, batch_size=256,
-        micro_batch_size=1, learning_rate=4e-4, final_lr_fraction=0.01),
+        micro_batch_size=4, learning_rate=4e-4, final_lr_fraction=0.01),
     "4b": TrainConfig(
         stages=three_stages(4.6e12, 1.35e12, 0.05e12), sequence_length=8_192, batch_size=512,
         micro_batch_size=1, learning_rate=2e-4, final_lr_fraction=0.01),
@@ -197,19 +195,17 @@ TRAIN_CONFIGS = {
 
 def count_parameters(config: DanubeConfig) -> int:
     """513,590,784 for 500m and 3,961,839,360 for 4b [paper]."""
-    D, h = config.hidden_size, config.head_dim
-    attention = 2 * D * (config.num_attention_heads + config.num_key_value_heads) * h  # q, o; k, v
+    D, heads = config.hidden_size, config.num_attention_heads + config.num_key_value_heads
+    attention = 2 * D * heads * config.head_dim  # q, o; k, v
     mlp = 3 * D * config.intermediate_size  # gate, up, down
     layers = config.num_hidden_layers * (attention + mlp + 2 * D)  # two norms
     return layers + D + 2 * config.vocab_size * D  # last norm; embedding, head
 
 def flops_per_token(config: DanubeConfig, sequence_length: int, frozen: bool = False) -> int:
-    """Floating-point operations of training, per token.
-
-    A weight costs two forward (multiply, add), two backward for the gradient of its inputs,
-    and two for its own unless it is **frozen** (section 10). Attention costs 4 h per (head,
-    query, key): score and weighted sum. All T keys count, as is usual, although a query
-    attends to half on average."""
+    """Floating-point operations of training, per token. A weight costs two forward (multiply, add),
+    two backward for the gradient of its inputs, and two for its own unless it is **frozen**
+    (section 10). Attention costs 4 h per (head, query, key): score and weighted sum. All T keys
+    count, as usual, although a query attends to half on average."""
     layers, D = config.num_hidden_layers, config.hidden_size
     weights = count_parameters(config) - config.vocab_size * D - (2 * layers + 1) * D  # no embedding, norms
     attention = layers * config.num_attention_heads * 4 * config.head_dim * sequence_length
@@ -221,12 +217,11 @@ def flops_per_token(config: DanubeConfig, sequence_length: int, frozen: bool = F
 # starts from characters and merges the most frequent pair of neighbours until there are 32,000
 # tokens. Encoding makes the same merges. Every byte is a token too, so any text can be encoded.
 #
-# <s> begins and </s> ends a document [ours], </s> also ends a chat message. No text is encoded
-# to these **special tokens**: a typed "</s>" becomes ordinary tokens, so nobody can type the
-# end of a message.
+# <s> begins and </s> ends a document [ours]. No text is encoded to these **special tokens**: a
+# typed "</s>" becomes ordinary tokens, so nobody can type the end of a chat message.
 
 class Tokenizer:
-    """A sentencepiece model. With `add_bos`, prompts begin with <s>, as documents do."""
+    """A sentencepiece model. With `add_bos`, prompts begin with <s>."""
     def __init__(self, model_file: str | Path, add_bos: bool = True):
         self.model_file, self.add_bos, self.chat_template = Path(model_file), add_bos, CHAT_TEMPLATE
         with reading(self.model_file):
@@ -245,15 +240,14 @@ class Tokenizer:
         return self.sp.decode([i for i in ids if i < self.vocab_size])  # a model may have more ids
 
 class StreamingDetokenizer:
-    """Turns ids into text one by one. A token's text depends on its neighbours: alone it
-    loses its leading space, and an emoji may be four byte tokens. So each token is decoded
-    with a few before it. The difference is emitted, unless it ends in half a character."""
+    """Turns ids into text one by one. Alone a token loses its leading space, and an emoji may be
+    four byte tokens. So each token is decoded with a few before it. The difference is emitted,
+    unless it ends in half a character."""
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]):
         self.tokenizer, self.ids = tokenizer, list(prompt_ids[-8:])
-        self.start, self.end = 0, len(self.ids)  # ids[start:end] were emitted already
+        self.start, self.end = 0, len(self.ids)  # ids[start:end] were emitted
 
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, possibly none."""
+    def push(self, token_id: int) -> str:  # the text that it completes
         self.ids.append(token_id)
         text = self.flush()
         if not text or text.endswith("\ufffd"):  # a special token, or half a character
@@ -265,7 +259,7 @@ class StreamingDetokenizer:
         emitted = self.tokenizer.decode(self.ids[self.start:self.end])
         return self.tokenizer.decode(self.ids[self.start:])[len(emitted):]
 
-IGNORE_INDEX = -100  # label of a token not to be predicted, as in PyTorch
+IGNORE_INDEX = -100  # label of a token not to be predicted
 
 # The chat format [paper]: <|prompt|>question</s><|answer|>answer</s>. The markers are plain
 # text, so users can type them. The template is for other programs.
@@ -277,8 +271,7 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{ '<|answer|>' + message['content'] + eos_token }}{% endif %}"
     "{% if loop.last and add_generation_prompt %}{{ '<|answer|>' }}{% endif %}{% endfor %}")
 
-def first_difference(a: list[int], b: list[int]) -> int:
-    """The first index at which two lists differ, or the shorter length."""
+def first_difference(a: list[int], b: list[int]) -> int:  # an index, or the shorter length
     for index, (x, y) in enumerate(zip(a, b)):
         if x != y:
             return index
@@ -286,10 +279,8 @@ def first_difference(a: list[int], b: list[int]) -> int:
 
 def render_chat(messages: Messages, tokenizer: Tokenizer,
                 add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-    """A conversation as `input_ids` and `labels`, of equal length, without <s> [paper].
-
-    Each message is encoded with its marker as one text; </s> is appended as an id. An answer
-    and its </s> are their own labels [ours]: the model learns to answer and to stop."""
+    """A conversation as `input_ids` and `labels`, without <s> [paper]. An answer and its </s> are
+    their own labels [ours]: the model learns to answer and to stop."""
     input_ids: list[int] = []
     labels: list[int] = []
     for message in messages:
@@ -319,16 +310,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Trap: compute in fp32 whatever the type of x. The square of 256 overflows fp16 (above
     65,504), and bf16 has only 8 bits of precision."""
-    x32 = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays, for tests
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))  # fp64 stays
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)  # [.., 1]
     return weight * (x32 * scale).to(x.dtype)
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angles p * theta^(-2i/h). positions p [T] -> 2 x [T, h/2], fp32
 
-    Trap: if the frequencies were a buffer of the model, model.bfloat16() would round them.
-    0.7867 (500m, i = 1) becomes 0.7852, and at position 2,000 the angle is off by half a
-    turn."""
+    Trap: model.bfloat16() would round frequencies in a buffer: 0.7867 (500m, i = 1) becomes
+    0.7852, and at position 2,000 the angle is off by half a turn."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[:, None] * theta ** -exponents  # [T, h/2]
     return angles.cos(), angles.sin()
@@ -342,16 +332,15 @@ def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The dot product of a query at position p and a key at position s then depends only on
     p - s. Fast pairs (i = 0: a turn in 6 tokens) show short distances, slow pairs long ones.
 
-    Trap: which features form pair i? Here, as in Llama checkpoints on Hugging Face, i and
-    i + h/2 ("half-split"). In the original paper and in Llama's GGUF files, 2i and 2i + 1
-    ("interleaved"). The wrong choice runs without complaint, and the model talks
-    nonsense."""
+    Trap: which features form pair i? Here, as in Llama checkpoints on Hugging Face, i and i + h/2
+    ("half-split"). In the original paper and in Llama's GGUF files, 2i and 2i + 1 ("interleaved").
+    The wrong choice runs, and the model talks nonsense."""
     first, second = x.chunk(2, dim=-1)  # 2 x [B, n, T, h/2]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
-def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(h)) v, causal.
-    q [B, H, T, h], k and v [B, K, S, h] -> [B, H, T, h]
+    q [B, H, T, h], k and v [B, K, S, h], mask [T, S] -> [B, H, T, h]
 
     The **attention scores** q k^T say how well queries match keys. Softmax turns them into
     **attention weights**, which sum to 1. The output is the weighted sum of the values.
@@ -359,96 +348,113 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     **Grouped-query attention**: H / K query heads share one key/value head, for a smaller
     cache. Trap: query head i reads key/value head i // (H / K). With H = 4 and K = 2, heads
-    0 and 1 read 0, heads 2 and 3 read 1: k.repeat_interleave, not k.repeat. `enable_gqa` can
-    save that copy.
+    0 and 1 read 0, heads 2 and 3 read 1: k.repeat_interleave, not k.repeat.
 
-    Trap: the queries are the last T of the S positions, so query t attends to keys
+    Trap: without a mask the queries are the last T of the S positions, so query t attends to keys
     0 .. S - T + t. Two new tokens after three cached ones (T = 2, S = 5) attend to 11110 and 11111.
-    `is_causal` aligns with the first key instead (10000, 11000), which is right only for
-    S = T."""
-    (H, T), (K, S), mask, causal = q.shape[1:3], k.shape[1:3], None, False
-    if T == S and q.device.type != "mps":  # is_causal is wrong there in some versions of torch
-        causal = True  # a plain bool: torch.compile may make T == S a symbol
-    elif T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # True: attends
-    # On CUDA the kernel for fp32, for masks and for old GPUs (fp16) cannot share heads.
-    share = q.device.type != "cuda" or (q.dtype == torch.bfloat16 and mask is None)
-    if not share:
-        k = k.repeat_interleave(H // K, dim=1)  # [B, H, S, h]
-        v = v.repeat_interleave(H // K, dim=1)  # [B, H, S, h]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share)
+    `is_causal` aligns with the first key instead (10000, 11000), right only for S = T."""
+    T, (K, S), groups = q.shape[2], k.shape[1:3], q.shape[1] // k.shape[1]
+    if mask is None and T == S and q.device.type != "mps":  # is_causal is wrong there in some versions
+        # On CUDA only FlashAttention, which has no fp32, can share heads.
+        # enable_gqa copies nothing. On CUDA only FlashAttention can, which has no fp32.
+        share = q.device.type != "cuda" or (q.dtype != torch.float32 and is_recent_gpu(q.device))
+        if not share:
+            k = k.repeat_interleave(groups, dim=1)  # [B, H, S, h]
+            v = v.repeat_interleave(groups, dim=1)  # [B, H, S, h]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=share)
+    if mask is None and T > 1:
+        mask = q.new_ones(T, S, dtype=torch.bool).tril(diagonal=S - T)  # True: attends
+    if mask is not None:
+        mask = mask.repeat(groups, 1)  # [H/K T, S]
+    q = q.unflatten(1, (K, groups)).flatten(2, 3)  # heads that share keys: more queries [B, K, H/K T, h]
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.unflatten(2, (groups, T)).flatten(1, 2)  # [B, H, T, h]
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, with silu(x) = x * sigmoid(x). 2 x [.., I] -> [.., I]"""
     return F.silu(gate) * up
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum of -log softmax(logits)[label] over all labels but IGNORE_INDEX.
-    [N, V], [N] -> []. Not the mean: train_step (section 8) divides once, by the number of labels of the
-    whole step."""
+    """The sum of -log softmax(logits)[label] over all labels but IGNORE_INDEX. [N, V], [N] -> []"""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 # ==== 4. Model ====
 #
-# Modules have the names of the published checkpoint. The **hidden states** [B, T, D], one
-# vector per token, form the **residual stream**. Each layer adds two **residual branches**
-# to it: attention, and the MLP, which processes each token alone. A branch reads a
-# normalized copy ("pre-norm"). The head turns each output vector into V **logits**, a score
-# for each possible next token.
+# Modules have the names of the published checkpoint. The **hidden states** [B, T, D] form the
+# **residual stream**. Each layer adds two **residual branches** to it: attention, and the MLP,
+# which processes each token alone. A branch reads a normalized copy ("pre-norm"). The head turns
+# each output vector into V **logits**, a score for each next token.
 
 class KVCache:
-    """Keys (rotated) and values of all tokens so far: they need not be computed again.
+    """Keys (rotated) and values of all tokens so far, each computed once.
 
     Trap: `length`, the number of filled positions, is also the position of the next token.
-    All layers write to the same positions, so it moves once, in Decoder.forward, after the
-    last layer."""
+    All layers write to the same positions, so next_logits moves it once, after the last layer."""
     def __init__(self, config: DanubeConfig, batch_size: int, max_length: int, dtype: torch.dtype,
                  device: torch.device):
-        self.length = 0
-        kv_shape = batch_size, config.num_key_value_heads, max_length, config.head_dim
-        self.kv = torch.zeros(config.num_hidden_layers, 2, *kv_shape, dtype=dtype, device=device)
+        self.length, self.static = 0, False
+        shape = batch_size, config.num_key_value_heads, max_length, config.head_dim
+        layers = range(config.num_hidden_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = list(map(torch.zeros_like, self.keys))
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, K, T, h] of new tokens. -> all keys and values, 2 x [B, K, S, h]"""
-        end = self.length + k.shape[2]
-        kv = self.kv[layer].narrow(3, 0, end)  # [2, B, K, S, h]; an error if they do not fit
-        kv[0, :, :, self.length:] = k
-        kv[1, :, :, self.length:] = v
-        return kv[0], kv[1]
+    def next_positions(self, count: int, static: bool = False) -> None:
+        """Make room for the next `count` tokens, before each pass. Compiled code fits one shape, so with
+        **static shapes** attention reads a power of two of positions, and a mask hides empty ones."""
+        end = self.length + count
+        self.positions = torch.arange(self.length, end, device=self.keys[0].device)  # [T]
+        if static and not self.static:
+            for buffer in self.keys + self.values:  # a CUDA graph must know that they stay where they are
+                torch._dynamo.mark_static_address(buffer, guard=False)
+        self.size, self.static = end, static
+        if static:
+            self.size = min(self.keys[0].shape[2], max(256, 1 << (end - 1).bit_length()))  # [ours]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store new k and v [B, K, T, h]. -> all keys and values, 2 x [B, K, S, h]; mask [T, S] or None"""
+        keys, values, mask = self.keys[layer], self.values[layer], None  # [B, K, max_length, h]
+        keys.index_copy_(2, self.positions, k)  # fails if they do not fit
+        values.index_copy_(2, self.positions, v)
+        if self.static:
+            mask = torch.arange(self.size, device=keys.device) <= self.positions[:, None]  # [T, S]
+        return keys[:, :, :self.size], values[:, :, :self.size], mask
 
 class RMSNorm(nn.Module):
     def __init__(self, config: DanubeConfig):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+        x, device = rms_norm(x, self.weight, self.eps), x.device.type
+        if torch.is_autocast_enabled(device):  # section 8: cast once, not in each linear layer
+            x = x.to(torch.get_autocast_dtype(device))
+        return x
 
 class Attention(nn.Module):
-    """Four linear layers around grouped_query_attention."""
     def __init__(self, config: DanubeConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        D, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(D, H * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, K * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(H * self.head_dim, D, bias=False)
+        D, h = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.layer, self.head_dim = layer, h
+        self.q_proj = nn.Linear(D, H * h, bias=False)
+        self.k_proj = nn.Linear(D, K * h, bias=False)
+        self.v_proj = nn.Linear(D, K * h, bias=False)
+        self.o_proj = nn.Linear(H * h, D, bias=False)
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, D] -> queries [B, H, T, h], keys and values [B, K, T, h]"""
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, T, D]
         shape = (*x.shape[:2], -1, self.head_dim)
         q = self.q_proj(x).view(shape).transpose(1, 2)  # [B, H, T, h]
         k = self.k_proj(x).view(shape).transpose(1, 2)  # [B, K, T, h]
         v = self.v_proj(x).view(shape).transpose(1, 2)  # [B, K, T, h]
         return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
-        q, k, v = self.heads(x, cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
+                kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
+        (q, k, v), mask = self.heads(x, cos, sin), None
         if kv_cache is not None:
-            k, v = kv_cache.append(self.layer, k, v)  # [B, K, S, h]
-        y = grouped_query_attention(q, k, v)  # [B, H, T, h]
+            k, v, mask = kv_cache.append(self.layer, k, v)  # [B, K, S, h]
+        y = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, H h] -> [B, T, D]
 
 class MLP(nn.Module):
@@ -459,11 +465,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(D, I, bias=False)
         self.down_proj = nn.Linear(I, D, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 class DecoderLayer(nn.Module):
-    """Two residual branches."""
     def __init__(self, config: DanubeConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
@@ -471,7 +476,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
+                kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)  # [B, T, D]
         return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, D]
 
@@ -485,26 +491,24 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config)
 
     def forward(self, input_ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:  # [B, T] -> [B, T, D]
-        start = 0 if kv_cache is None else kv_cache.length
-        end = start + input_ids.shape[1]
-        positions = torch.arange(start, end, device=input_ids.device)  # [T]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
+        if kv_cache is not None:
+            positions = kv_cache.positions
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
-        x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D], in the type of norms
+        x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]
         for layer in self.layers:
             x = layer(x, cos, sin, kv_cache)
-        if kv_cache is not None:
-            kv_cache.length = end
         return self.norm(x)
 
-# Logits are training's largest tensor. For more tokens than this [ours] (0.5 GB in fp32) the
-# loss computes them in parts, and again in the backward pass.
+# For more tokens than this [ours] (0.5 GB of fp32 logits) the loss computes them in parts, and
+# again in the backward pass.
 LOGIT_TOKENS = 4_096
 
 class Danube3(nn.Module):
-    """The language model: the decoder and its head."""
     def __init__(self, config: DanubeConfig):
         super().__init__()
         self.config, self.stop_ids = config, [config.eos_token_id]  # generation ends at any stop id
+        self.compiled_step: Any = None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # untied [paper]
 
@@ -513,7 +517,7 @@ class Danube3(nn.Module):
         return self.model.norm.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:  # of hidden states; other weights than norms may be quantized
+    def dtype(self) -> torch.dtype:  # of hidden states; other weights may be quantized
         return self.model.norm.weight.dtype
 
     @staticmethod
@@ -530,11 +534,9 @@ class Danube3(nn.Module):
         return model
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """input_ids [B, T] -> logits [B, T, V] in fp32; with labels [B, T], the sum of the
-        losses [].
+        """input_ids [B, T] -> logits [B, T, V] in fp32; with labels [B, T], the sum of losses [].
 
-        Labels line up with input_ids: position t - 1 predicts labels[:, t], and labels[:, 0]
-        is unused."""
+        Labels line up with input_ids: position t - 1 predicts labels[:, t]; labels[:, 0] is unused."""
         x = self.model(input_ids)  # [B, T, D]
         if labels is None:
             return self.lm_head(x).float()  # [B, T, V]
@@ -544,11 +546,34 @@ class Danube3(nn.Module):
             return self.block_loss(x, targets)
         loss = torch.zeros((), device=x.device)
         for block in zip(x.split(LOGIT_TOKENS), targets.split(LOGIT_TOKENS)):
-            loss = loss + activation_checkpoint(self.block_loss, *block, use_reentrant=False)
+            loss = loss + activation_checkpoint(
+                self.block_loss, *block, use_reentrant=False, preserve_rng_state=False)
         return loss
 
     def block_loss(self, x: Tensor, targets: Tensor) -> Tensor:  # [N, D], [N] -> []
         return cross_entropy(self.lm_head(x), targets)
+
+    def last_logits(self, input_ids: Tensor, kv_cache: KVCache) -> Tensor:  # [B, T] -> [B, V]
+        return self.lm_head(self.model(input_ids, kv_cache)[:, -1]).float()
+
+    def next_logits(self, input_ids: Tensor, kv_cache: KVCache) -> Tensor:  # [B, T] -> [B, V]
+        static = self.compiled_step is not None and input_ids.shape == (1, 1)
+        kv_cache.next_positions(input_ids.shape[1], static)
+        if static:  # in one layout, or it is compiled again; a CUDA graph overwrites its output
+            logits = self.compiled_step(input_ids.view(1)[:, None], kv_cache).clone()
+        else:
+            logits = self.last_logits(input_ids, kv_cache)
+        kv_cache.length += input_ids.shape[1]
+        return logits
+
+    def compile_decoding(self) -> None:
+        """Compile the pass of one token. A **CUDA graph** starts all its kernels at once."""
+        options: Any = None
+        if self.device.type == "cuda":  # the second fuses dequantization with products
+            options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+        torch._dynamo.config.recompile_limit = 64  # one for each power of two
+        self.compiled_step = torch.compile(
+            self.last_logits, fullgraph=True, dynamic=False, options=options)
 
 # ==== 5. Sampling ====
 #
@@ -566,7 +591,7 @@ def next_token_probabilities(logits: Tensor, temperature: float, top_k: int = 0,
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
     if top_k == 0 and top_p >= 1.0:
         return probabilities
-    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    probabilities, order = probabilities.sort(descending=True, stable=True)
     if top_k:
         probabilities[:, top_k:] = 0
         probabilities /= probabilities.sum(-1, keepdim=True)
@@ -590,36 +615,38 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)  # seed(): a random one
     end = min(T + max_new_tokens, context)
-    kv_cache = kv_cache or KVCache(model.config, B, end, model.dtype, device)
+    limit = context if model.compiled_step else end  # compiled for one size
+    kv_cache = kv_cache or KVCache(model.config, B, limit, model.dtype, device)
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     stop_ids = torch.tensor(model.stop_ids, device=device)
     for _ in range(end - T):
-        hidden = model.model(input_ids, kv_cache)  # prefill [B, T, D], then decode [B, 1, D]
-        logits = model.lm_head(hidden[:, -1]).float()  # [B, V]
-        require(logits.isfinite().all(), "the logits are not finite: try another --dtype or checkpoint")
+        logits = model.next_logits(input_ids, kv_cache)  # prefill, then decode [B, V]
         if temperature == 0:
             next_ids = logits.argmax(-1)  # [B]
         else:
-            probabilities = next_token_probabilities(logits, temperature, top_k, top_p)
+            probabilities = next_token_probabilities(logits, temperature, top_k, top_p).nan_to_num(1.0)
             next_ids = torch.multinomial(probabilities, 1, generator=generator)[:, 0]  # [B]
         next_ids = next_ids.masked_fill(ended, model.config.eos_token_id)
-        yield next_ids
         ended |= torch.isin(next_ids, stop_ids)
-        if ended.all():
+        finite, all_ended = torch.stack((logits.isfinite().all(), ended.all())).tolist()  # wait for the GPU
+        require(finite, "the logits are not finite: try another --dtype or checkpoint")
+        yield next_ids
+        if all_ended:
             return
         input_ids = next_ids[:, None]  # [B, 1]
 
 def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
     """Prompts and their continuations. [B, T] -> [B, T + n]"""
-    new_ids = list(generate_tokens(model, input_ids, max_new_tokens, **sampling))  # n x [B]
-    return torch.cat((input_ids, *(ids[:, None] for ids in new_ids)), dim=1)
+    for next_ids in generate_tokens(model, input_ids, max_new_tokens, **sampling):
+        input_ids = torch.cat((input_ids, next_ids[:, None]), dim=1)
+    return input_ids
 
 # ==== 6. Data ====
 #
-# Text is stored as **token shards**: files of uint16 ids, documents one after another as
-# <s> .. </s>. TokenData (data/read.py) reads them in **blocks** of T consecutive ids of one
-# source. A block may reach into the next document, and so does attention [ours].
+# Text is stored as **token shards**: files of uint16 ids, one document after another. TokenData
+# (data/read.py) reads them in **blocks** of T consecutive ids of one source. A block may reach
+# into the next document, and so does attention [ours].
 #
 # Which blocks make up step 1,234,567? A **pure function of the step** says so: no state must
 # be saved, and the number of GPUs may change. mixture_pattern distributes sequences among
@@ -634,8 +661,7 @@ def mixture_pattern(weights: dict[str, int]) -> list[tuple[str, int]]:
     {"a": 3, "b": 2} gives a0 b0 a1 a2 b1, then the same order again. Let W be the sum of the
     weights. Sequence t goes to a source that is behind its share: it has had n < t w_i / W.
     Of several, the earliest **deadline** wins: the t at which t w_i / W reaches n + 1. Then
-    no count is ever off by a whole sequence (Tijdeman 1980, "The chairman assignment
-    problem"), and after W sequences all are exact."""
+    no count is ever off by a whole sequence (Tijdeman 1980), and after W sequences all are exact."""
     total, given, pattern = sum(weights.values()), dict.fromkeys(weights, 0), []
     for t in range(1, total + 1):
         deadlines = {}
@@ -650,15 +676,13 @@ def mixture_pattern(weights: dict[str, int]) -> list[tuple[str, int]]:
 def permuted_index(index: int, size: int, key: str) -> int:
     """The place of `index` in a shuffled order of 0 .. size-1, chosen by `key`.
 
-    A Feistel network, as in block ciphers: write the index as two digits in base
-    ceil(sqrt(size)), and four times
+    A Feistel network: write the index as two digits in base ceil(sqrt(size)), and four times
 
         (high, low) -> (low, (high + hash(key, round, low)) mod base)
 
     A subtraction undoes a round, so this permutes all base^2 numbers. A result of size or
-    more is permuted again ("cycle walking"). The walk ends, because a repeated permutation
-    returns to its start. No two walks end at the same place, because walking back is unique
-    too."""
+    more is permuted again ("cycle walking"). The walk ends: a repeated permutation returns to
+    its start. No two walks end at the same place: walking back is unique too."""
     base = math.isqrt(size - 1) + 1
     while True:
         high, low = divmod(index, base)
@@ -676,14 +700,15 @@ class StagedData:
         self.data, self.config, self.total_steps = data, config, config.stage_ends[-1]
         self.fingerprint = {"meta.json": file_sha256(data.folder / "meta.json")}
         self.starts = [0, *config.stage_ends]
-        self.patterns = [mixture_pattern(stage.mixture) for stage in config.stages]
+        self.patterns = []
         self.used = [dict.fromkeys(config.stages[0].mixture, 0)]  # sequences of each source before each stage
-        for number, stage in enumerate(config.stages):
-            steps, pattern = self.starts[number + 1] - self.starts[number], self.patterns[number]
-            periods, rest = divmod(steps * config.batch_size, len(pattern))
+        for stage, start, end in zip(config.stages, self.starts, config.stage_ends):
+            pattern = mixture_pattern(stage.mixture)
+            periods, rest = divmod((end - start) * config.batch_size, len(pattern))
             used = {name: count + periods * stage.mixture[name] for name, count in self.used[-1].items()}
             for name, _ in pattern[:rest]:
                 used[name] += 1
+            self.patterns.append(pattern)
             self.used.append(used)
         self.blocks, self.epochs = {}, {}  # of each source; how often the whole run reads it
         for name, count in self.used[-1].items():
@@ -699,8 +724,7 @@ class StagedData:
     def stage(self, step: int) -> str:
         return self.config.stages[self.stage_index(step)].name
 
-    def locate(self, step: int, index: int) -> tuple[str, str, int]:
-        """Sequence `index` of step `step` -> source, split and number of its block."""
+    def locate(self, step: int, index: int) -> tuple[str, str, int]:  # source, split, number of a block
         stage = self.stage_index(step)
         pattern, mixture = self.patterns[stage], self.config.stages[stage].mixture
         position = (step - self.starts[stage]) * self.config.batch_size + index  # in the stage
@@ -720,9 +744,9 @@ class StagedData:
 # ==== 7. Optimizer ====
 #
 # AdamW keeps two running means per weight, its **moments**: of the gradient, and of its
-# square. It steps against the first, divided by the root of the second, so all weights move
-# at a similar speed. **Weight decay** also shrinks them a little. The learning rate rises
-# during **warm-up**, while the means are rough, and then falls along half a cosine.
+# square. A step is the first, divided by the root of the second, so all weights move at a
+# similar speed. **Weight decay** also shrinks them a little. The learning rate rises during
+# **warm-up**, while the means are rough, and then falls along half a cosine.
 #
 #     m = beta1 m + (1 - beta1) g                     g is the gradient
 #     v = beta2 v + (1 - beta2) g^2                   m and v start at 0, so they are too small:
@@ -730,12 +754,13 @@ class StagedData:
 #     w = w - lr (m' / (sqrt(v') + eps) + weight_decay w)
 
 def make_optimizer(model: Danube3, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, with weight decay on matrices only: norm weights need not be near zero."""
+    """AdamW. Only matrices decay: norm weights need not be near zero."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     norms = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.adam_eps,
-                                  config.weight_decay, fused=True)  # one pass over memory
+    optimizer = torch.optim.AdamW(
+        groups, config.learning_rate, (config.beta1, config.beta2), config.adam_eps,
+        config.weight_decay, fused=True)  # one pass over memory
     for p in matrices + norms:  # made now, for a checkpoint to fill
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
                               "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -745,70 +770,74 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """The learning rate of a step, counted from 0.
 
         peak * (step + 1) / warmup                    during warm-up
-        peak * (f + (1 - f) * (1 + cos(pi * p)) / 2)  p = 0 .. 1, f = final_lr_fraction
-    """
+        peak * (f + (1 - f) * (1 + cos(pi * p)) / 2)  p = 0 .. 1, f = final_lr_fraction"""
     warmup, final = max(1, round(config.warmup_fraction * total_steps)), config.final_lr_fraction
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - 1 - warmup)  # 0 .. 1
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # 1 .. 0
-    return config.learning_rate * (final + (1 - final) * cosine)
+    progress = (step - warmup) / max(1, total_steps - 1 - warmup)
+    return config.learning_rate * (final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2)
 
 # ==== 8. Training ====
 #
 # **Mixed precision**: products are computed in bf16 or fp16; trained weights, their
 # gradients and the residual stream are fp32. bf16 has the range of fp32 and 8 bits of
 # precision. fp16 has 11 bits, but no number below 6e-8, where many gradients lie. So with fp16
-# a **gradient scaler** multiplies the loss, and so all gradients, and divides before the step.
+# a **gradient scaler** multiplies the loss, and divides the gradients before the step.
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on GPUs of capability 8 or newer, fp16 on older (which emulate bf16), else fp32."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+def compute_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """"auto" is bf16 on recent GPUs, fp16 on older, else fp32 (train.py: bf16 on some CPUs)."""
+    if name != "auto":
+        return DTYPES[name]
+    if is_recent_gpu(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
 
-def autocast(device: torch.device) -> torch.autocast:
-    dtype = compute_dtype(device)
+def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    dtype = compute_dtype(device, config.dtype)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 def use_activation_checkpointing(model: Danube3) -> None:
     """**Activation checkpointing**: store only the input of each layer, and compute the layer
     again in the backward pass. This takes less memory, and up to a third more time."""
     for layer in model.model.layers:  # (torch.compile would skip a functools.partial)
-        layer.forward = lambda *args, f=layer.forward: activation_checkpoint(f, *args, use_reentrant=False)
+        layer.forward = lambda *args, f=layer.forward: activation_checkpoint(
+            f, *args, use_reentrant=False, preserve_rng_state=False)
 
 # Several GPUs: torchrun starts `world_size` processes, one per GPU, numbered by `rank`. All
 # run the same lines and meet in **collective calls** such as all_reduce, which wait for all.
 # **Fully sharded data parallel** (FSDP): each process stores its part of every weight and
-# moment. Before a layer computes, its weights are collected (all-gather), and afterwards freed
-# (reshard). Gradients are averaged, and each process keeps its part (reduce-scatter).
+# moment. Before a layer computes, its weights are collected (all-gather), and later freed (reshard).
+# Gradients are averaged, and each process keeps its part (reduce-scatter).
+
+FSDP_KEPT = 10**9  # [ours] parameters; smaller models keep all weights until the backward pass
 
 def rank_and_world_size() -> tuple[int, int]:
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
-def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
+def all_reduce(tensor: Tensor) -> Tensor:  # the sum over all ranks, in place
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
-def shard_model(model: Danube3, device: torch.device) -> Danube3:
+def shard_model(model: Danube3, device: torch.device, dtype: torch.dtype) -> Danube3:
     """Put a model on its device. With FSDP, rank 0 sends each rank its part."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return model.to(device)
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    dtype, mesh = compute_dtype(device), dist.init_device_mesh(device.type, (world_size,))
+    mesh = dist.init_device_mesh(device.type, (world_size,))
     require(dtype != torch.float16, "several GPUs need bf16, and these have fp16 only: train on one")
     weights = model.state_dict() if rank == 0 else {}
     model.to("meta")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)  # the rest: embedding, last norm, head
+    free = count_parameters(model.config) > FSDP_KEPT
+    for module in (model.model.embed_tokens, *model.model.layers):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=free)
+    fully_shard(model.model.norm, mesh=mesh)  # in fp32: the residual stream has its type
+    fully_shard(model, mesh=mesh, mp_policy=policy)  # the rest: the head
     model.to_empty(device=device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
@@ -820,9 +849,11 @@ def sequence_lengths(labels: Tensor) -> Tensor:
     return ((labels != IGNORE_INDEX) * positions).amax(dim=1)
 
 def micro_batches(input_ids: Tensor, labels: Tensor, size: int, device: torch.device) -> Iterator[Batch]:
-    """Split sequences [N, T] into micro-batches of at most `size`, each as short as possible."""
+    """Split sequences [N, T] into micro-batches of at most `size`, each as short as possible. On
+    GPUs to a multiple of 64: kernels and compiled code are chosen anew for each length."""
+    multiple = 64 if device.type == "cuda" else 1
     for ids, own_labels in zip(input_ids.split(size), labels.split(size)):
-        length = max(1, int(sequence_lengths(own_labels).amax()))
+        length = -(-max(1, int(sequence_lengths(own_labels).amax())) // multiple) * multiple
         yield ids[:, :length].to(device), own_labels[:, :length].to(device)
 
 def count_targets(labels: Tensor) -> Tensor:  # [N, T] -> []
@@ -845,7 +876,7 @@ def train_step(model: Danube3, optimizer: torch.optim.Optimizer, input_ids: Tens
     for number, (ids, own_labels) in enumerate(batches, start=1):
         if world_size > 1:  # reduce-scatter once, after the last micro-batch
             model.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]
-        with autocast(device):
+        with autocast(device, config):
             micro_loss = model(ids, own_labels) / count
         scaler.scale(micro_loss * world_size).backward()  # FSDP averages, we need the sum
         loss += micro_loss.detach()
@@ -876,30 +907,27 @@ def evaluate_loss(model: Danube3, input_ids: Tensor, labels: Tensor, micro_batch
 
 # ==== 9. Checkpoints and runs ====
 #
-# A checkpoint is a Hugging Face Llama folder, which transformers opens. It is written as
-# NAME.partial and renamed once it is on disk. So NAME is whole, even after a power failure.
-
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+# A checkpoint is a Hugging Face Llama folder. It is written as NAME.partial, and renamed once
+# it is on disk. So NAME is whole, even after a power failure.
 
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+def sync(path: Path) -> None:  # wait until a file or folder is on disk
     try:
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError:  # Windows and some network disks sync no folders
+    except OSError:  # some systems sync no folders
         if path.is_file():
             raise
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep our other programs off a path. The lock of a killed program ends too."""
+    """Keep our other programs off a path. A lock ends with its program."""
     handle = os.open(path if fcntl else os.devnull, os.O_RDONLY)
     try:
         if fcntl:
@@ -914,8 +942,7 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         os.close(handle)
 
-def write_checksums(folder: Path) -> None:
-    """Write SHA256SUMS, as `sha256sum -c` reads it, and wait until all is on disk."""
+def write_checksums(folder: Path) -> None:  # for `sha256sum -c`; waits until all is on disk
     sums = folder / "SHA256SUMS"
     files = sorted(set(filter(Path.is_file, folder.iterdir())) - {sums})
     sums.write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
@@ -932,16 +959,14 @@ def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".json
         if skip in name or not line.strip():
             continue
         with reading(path):
-            intact = path.is_file() and (path.stat().st_size > largest
-                                         or file_sha256(path) == checksum.lower())
-            require(intact, f"{path} is missing or damaged, says SHA256SUMS: copy the folder again (or "
+            same = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum.lower())
+            require(same, f"{path} is missing or damaged, says SHA256SUMS: copy the folder again (or "
                     "remove the line there if you changed the file)")
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder. On success it becomes `folder`, otherwise it is removed."""
+def atomic_folder(folder: Path) -> Iterator[Path]:  # a temporary one, renamed to `folder` on success
     require(not folder.exists(), f"{folder} already exists: remove it, or use another")
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = Path(f"{folder}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     with locked(partial):
         try:
@@ -954,36 +979,33 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-def write_tensors(path: Path, tensors: Tensors, dtype: torch.dtype | None = None) -> None:
-    """Write a safetensors file in `dtype` (default: each tensor in its own)."""
+def write_tensors(path: Path, tensors: Tensors, dtype: torch.dtype | None = None) -> None:  # safetensors
     converted = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     safetensors.torch.save_file(converted, path, metadata={"format": "pt"})
     with contextlib.suppress(PermissionError):
         path.chmod(0o644)  # safetensors lets nobody else read
 
-def read_tensors(path: Path) -> Tensors:
-    """The tensors of a file, mapped into memory: only what is used is read."""
+def read_tensors(path: Path) -> Tensors:  # mapped into memory: only what is used is read
     with reading(path), safetensors.safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, or {} without it."""
+def read_json(path: Path) -> dict[str, Any]:  # {} without a file
     with reading(path):
         return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.exists() else {}
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
-# The only values that Danube3 computes. config.json may omit them.
+# config.json may omit these.
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 def read_config(folder: Path) -> DanubeConfig:
-    """Read config.json. Another architecture is refused."""
+    """Read config.json. Danube3 computes FIXED only: other values are refused."""
     path = folder / "config.json"
     with reading(path):
         raw = read_json(path)
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # transformers 5, and 4
-        raw = {**raw, **rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+        raw.update(rope, rope_type=rope.get("rope_type") or rope.get("type") or "default")
         for name, value in {**FIXED, "partial_rotary_factor": 1.0, "rope_type": "default"}.items():
             found = raw.get(name, value)
             require(found == value, f"{path}: {name} is {found!r}: Danube3 needs {value!r}")
@@ -999,15 +1021,13 @@ def read_config(folder: Path) -> DanubeConfig:
                 values[field.name] = value
         return DanubeConfig(**values)
 
-def read_stop_ids(folder: Path, config: DanubeConfig) -> list[int]:
-    """The ids that end a text. A folder may list several."""
+def read_stop_ids(folder: Path, config: DanubeConfig) -> list[int]:  # one or more, to end a text
     ids = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = ids or read_json(folder / "config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     return [i for i in ids if type(i) is int] or [config.eos_token_id]
 
-def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
-    """A checkpoint's tokenizer. One that does not fit the model is refused."""
+def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:  # which must fit the model
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings, added = read_json(path), read_json(folder / "added_tokens.json")
     fast = read_json(folder / "tokenizer.json")  # transformers' own form
@@ -1039,8 +1059,7 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:
     return tokenizer
 
 def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: torch.dtype,
-                   **more: object) -> None:
-    """Write the small files of a checkpoint. `more` goes into config.json."""
+                   **more: object) -> None:  # the small files of a checkpoint
     config = model.config
     write_json(folder / "config.json", {
         "architectures": ["LlamaForCausalLM"], **asdict(config), **FIXED, "tie_word_embeddings": False,
@@ -1062,103 +1081,99 @@ def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer,
         write_tensors(partial / "model.safetensors", model.state_dict(), dtype)
 
 def require_weights(path: Path) -> None:
-    """Refuse a folder without this file, and say what it has instead."""
+    """Refuse a folder without this file."""
     found = [*path.parent.glob("*.bin"), *path.parent.glob("*.pt*"), *path.parent.glob("*.safetensors")]
     names = ", ".join(map(os.path.basename, found)) or "nothing else"
     require(path.is_file(), f"{path} is missing. Found: {names:.150}. Pickle files (.bin) can run code: "
             "open such a model with transformers or peft, and write it with save_pretrained")
 
-def read_weights(folder: Path) -> Tensors:
-    """All weights, from one safetensors file or those that an index names."""
+def read_weights(folder: Path) -> Tensors:  # all, from one file or those that an index names
     files, index, weight_map = ["model.safetensors"], folder / "model.safetensors.index.json", {}
     if not index.is_file():
         require_weights(folder / files[0])
-    elif (folder / files[0]).is_file():  # transformers ignores such an index too
+    elif (folder / files[0]).is_file():  # as in transformers
         print(f"{index} is ignored: {files[0]} is there", file=sys.stderr)
     else:
         with reading(index):
             weight_map = read_json(index)["weight_map"]
             files = sorted(set(weight_map.values()))
-            require(files == [Path(file).name for file in files],
-                    f"{index} names files outside its folder")
+            require(files == [Path(file).name for file in files], f"{index} names files outside its folder")
     weights: Tensors = {}
     for file in files:
         for name, weight in read_tensors(folder / file).items():
-            if weight_map.get(name, file) != file:  # an old copy
-                continue
+            old_copy = weight_map.get(name, file) != file
             name = name.replace("_orig_mod.", "").removeprefix("module.")  # torch.compile, DDP
-            if name.endswith(("rotary_emb.inv_freq", ".weight_shape")):  # known constants
+            if old_copy or name.endswith(("rotary_emb.inv_freq", ".weight_shape")):  # known constants
                 continue
             readable = weight.is_floating_point() and weight.itemsize > 1
-            if name.endswith(".weight_packed"):  # int32 on disk, uint8 here: the same bytes
+            if name.endswith(".weight_packed"):  # int32 on disk: the same bytes
                 readable, weight = weight.dtype == torch.int32, weight.view(torch.uint8)
             elif name.endswith(".weight_scale"):
                 readable = weight.dtype == torch.float16
             require(readable, f"{folder}: {name} is {weight.dtype}, which is not read here: quantize the "
                     "original model anew (python quantize.py MODEL --bits 4 --out NEW)")
             weights[name] = weight
-    tied = read_json(folder / "config.json").get("tie_word_embeddings")
-    for name, twin in (("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")):
-        if tied and f"{name}.weight" in weights:  # one matrix for both, unless both are stored
-            weights.setdefault(f"{twin}.weight", weights[f"{name}.weight"])
+    ends = {"lm_head.weight", "model.embed_tokens.weight"}
+    stored = ends & weights.keys()
+    if read_json(folder / "config.json").get("tie_word_embeddings") and len(stored) == 1:  # one for both
+        weights.update(dict.fromkeys(ends, weights[stored.pop()]))
     return weights
 
 def weights_sha256(folder: Path) -> str:
-    checksums = "".join(file_sha256(path) for path in sorted(folder.glob("model*.safetensors")))
+    checksums = "".join(map(file_sha256, sorted(folder.glob("model*.safetensors"))))
     return hashlib.sha256(checksums.encode()).hexdigest()
 
-def is_finite(tensor: Tensor) -> bool:
-    """Smallest and largest suffice: a NaN makes both NaN."""
+def is_finite(tensor: Tensor) -> bool:  # smallest and largest suffice: a NaN makes both NaN
     return tensor.numel() == 0 or tensor.is_meta or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
-def checkpoints_in(out: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+def checkpoints_in(out: Path) -> list[Path]:  # complete ones, oldest first
     found = [path for path in out.glob("step-*") if path.name[5:].isdecimal()]  # no .partial
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` if it is a checkpoint, otherwise the newest checkpoint in it."""
+    """`path` if it is a checkpoint, otherwise the newest in it."""
     path = Path(path)
-    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        found = checkpoints_in(path)
-        require(found, f"{path} does not exist, or is no checkpoint and holds none: use another")
-        path = found[-1]
-    return path
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return path
+    found = checkpoints_in(path)
+    require(found, f"{path} does not exist, or is no checkpoint and holds none: use another")
+    return found[-1]
 
-MAX_SKIPPED_STEPS = 20  # [ours] in a row; fp16's scaler needs up to 16 to find its scale
+SAVE_SECONDS = 1_800  # [ours] at most, between checkpoints
+MAX_SKIPPED_STEPS = 20  # [ours] in a row; fp16's scaler needs up to 16
 
 class Trainer:
-    """A training run, and how far it has come. `data` is StagedData or ChatData, `base` the folder
-    of the first weights."""
+    """A training run, and how far it has come. `base` is the folder of the first weights."""
     def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData",
                  resume: bool = False, base: Path | None = None, device: torch.device | None = None):
         self.out, self.tokenizer, self.data, self.base = out, tokenizer, data, base
         self.config, self.device = data.config, device or model.device
         self.rank, self.world_size = rank_and_world_size()
-        self.step, self.tokens, self.skipped = 0, 0, 0  # skipped: in a row
+        self.step, self.tokens, self.skipped = 0, 0, 0
+        self.saved_at, self.dtype = time.monotonic(), compute_dtype(self.device, self.config.dtype)
         self.lora = not model.model.norm.weight.requires_grad
         self.run_config = json.loads(json.dumps({  # no tuples
             **asdict(model.config), **asdict(self.config), **data.fingerprint,
             "save_every": 1, "micro_batch_size": 1,  # may change
-            "base": weights_sha256(base) if base else None}))
+            "dtype": str(self.dtype), "base": base and weights_sha256(base)}))
         found = checkpoints_in(out)
         require(found or not resume, f"nothing to resume: {out} holds no checkpoint")
         require(resume or not found, f"{out} already holds a run: add --resume, or use another --out")
         self.resources = contextlib.ExitStack()  # open files and locks
+        if self.world_size > 1:  # the ranks wait longer for a checkpoint than for a collective call
+            self.save_group = dist.new_group(timeout=timedelta(hours=2))
         if self.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             self.resources.enter_context(locked(out))
         log = out / "metrics.jsonl" if self.rank == 0 else os.devnull
         self.log = self.resources.enter_context(open(log, "a" if resume else "w"))
-        self.model = shard_model(model, self.device).train()
+        self.model = shard_model(model, self.device, self.dtype).train()
         self.optimizer = make_optimizer(self.model, self.config)
-        fp16 = compute_dtype(self.device) == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         if resume:
             self.resume()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All trainable weights and AdamW's state of each. FSDP shards them."""
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:  # trainable weights, AdamW's state of each
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield f"weights.{name}", parameter.detach()
@@ -1166,7 +1181,7 @@ class Trainer:
                     yield f"{key}.{name}", tensor
 
     def save(self) -> None:
-        """Gather the tensors on rank 0, which writes them. All ranks must call this."""
+        """Gather the tensors on rank 0, which writes them. All ranks call this."""
         tensors: Tensors = {}
         for name, tensor in self.tensors():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective call
@@ -1175,17 +1190,18 @@ class Trainer:
         if self.rank == 0:
             self.write(tensors)
             self.remove_old()
+        self.saved_at = time.monotonic()
         if self.world_size > 1:
-            dist.barrier()  # torchrun kills rank 0 when another ends by Ctrl-C
+            dist.barrier(self.save_group)  # wait: torchrun kills rank 0 when another ends by Ctrl-C
 
     def remove_old(self) -> None:  # checkpoints; renamed first: half a folder must not look whole
         for old in checkpoints_in(self.out)[:-1]:
-            old.rename(old.with_name(f"{old.name}.partial"))
+            old.rename(Path(f"{old}.partial"))
         for leftover in self.out.glob("step-*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def write(self, tensors: Tensors) -> None:
-        """Write a checkpoint and the **training state**: fp32 **master weights**, moments, the step."""
+        """Write a checkpoint and the **training state**: fp32 **master weights**, moments, step."""
         weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()
                    if name.startswith("weights.")}
         require(all(map(is_finite, weights.values())),
@@ -1196,20 +1212,20 @@ class Trainer:
                 assert self.base
                 write_adapters(partial, self.model, weights, self.base, self.run_config["base"])
             else:
-                dtype = compute_dtype(self.device)
-                write_settings(partial, self.model, self.tokenizer, dtype)
-                write_tensors(partial / "model.safetensors", weights, dtype)
+                write_settings(partial, self.model, self.tokenizer, self.dtype)
+                write_tensors(partial / "model.safetensors", weights, self.dtype)
             write_tensors(partial / "training_state.safetensors", tensors)
             write_json(partial / "training_state.json", {
                 "step": self.step, "tokens": self.tokens, "skipped": self.skipped,
                 "log_lines": (self.out / "metrics.jsonl").read_bytes().count(b"\n"),
                 "scaler": self.scaler.state_dict(), "run_config": self.run_config})
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint, however many processes wrote it."""
+    def resume(self) -> None:  # from the newest checkpoint, of any number of processes
         folder = checkpoints_in(self.out)[-1]
         if self.rank == 0:
             verify_checksums(folder)
+        if self.world_size > 1:
+            dist.barrier(self.save_group)
         path = folder / "training_state.json"
         with reading(path):
             state = read_json(path)
@@ -1217,14 +1233,12 @@ class Trainer:
                 saved = state["run_config"].get(name)
                 require(saved == value, f"{folder} was made with another {name} ({saved!s:.60}): "
                         "use the same flags and data, or another --out")
-            if state["scaler"]:  # empty if no scaler was needed
-                self.scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(state["scaler"])
             self.step, self.tokens = int(state["step"]), int(state["tokens"])
             self.skipped, kept = int(state["skipped"]), int(state["log_lines"])
-        tensors, stored = dict(self.tensors()), read_tensors(folder / "training_state.safetensors")
-        require(tensors.keys() == stored.keys(),
-                f"{folder} holds other tensors than this run: use another --out")
-        for name, tensor in tensors.items():
+        own, stored = dict(self.tensors()), read_tensors(folder / "training_state.safetensors")
+        require(own.keys() == stored.keys(), f"{folder} holds other tensors than this run: use another --out")
+        for name, tensor in own.items():
             full = stored[name].to(self.device)
             require(full.shape == tensor.shape and is_finite(full), f"{folder}: {name} does not fit this run")
             if isinstance(tensor, DTensor):
@@ -1236,17 +1250,16 @@ class Trainer:
             self.remove_old()
 
     def take_step(self, peak_flops: float) -> dict[str, Any]:
-        """One optimizer step. -> its metrics. **MFU** (model FLOPs utilization) is the model's
-        operations per second over the devices' maximum."""
+        """One optimizer step. -> its metrics. **MFU** (model FLOPs utilization) is operations per peak."""
         start, lr = time.perf_counter(), learning_rate(self.step, self.data.total_steps, self.config)
-        input_ids, labels = self.data.batch(self.step, self.rank, self.world_size)
-        loss, grad_norm = train_step(self.model, self.optimizer, input_ids, labels, self.config, lr,
-                                     self.scaler)
+        ids, labels = self.data.batch(self.step, self.rank, self.world_size)
+        loss, grad_norm = train_step(self.model, self.optimizer, ids, labels, self.config, lr, self.scaler)
         tokens = int(all_reduce(sequence_lengths(labels).sum().to(self.device)))
         rate = tokens / (time.perf_counter() - start)
         flops = rate * flops_per_token(self.model.config, tokens // self.config.batch_size, self.lora)
         finite = math.isfinite(loss + grad_norm)
-        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.step += 1
+        self.tokens += tokens
         self.skipped = 0 if finite else self.skipped + 1
         metrics = {"step": self.step, "stage": self.data.stage(self.step - 1), "tokens": self.tokens,
                    "loss": loss if math.isfinite(loss) else None, "lr": lr,  # JSON has no NaN
@@ -1257,42 +1270,41 @@ class Trainer:
                 f"no finite gradient in {self.skipped} steps in a row: lower the learning rate")
         return metrics
 
-    def validate(self) -> None:
-        """Log and print the validation losses."""
+    def validate(self) -> None:  # log and print the losses
         losses, text = {}, f"step {self.step}, validation loss:"
         for name, batch in self.data.validation().items():
-            with autocast(self.device):
+            with autocast(self.device, self.config):
                 losses[name] = evaluate_loss(self.model, *batch, self.config.micro_batch_size)
             text += f" {name} {losses[name]:.3f}"
-        if self.world_size > 1:  # FSDP frees embedding and head only after a backward pass
-            self.model.reshard()  # type: ignore[operator]
-        stage = self.data.stage(max(0, self.step - 1))  # of the last step
+        for module in self.model.modules():  # FSDP may keep weights for a backward pass
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
+        stage = self.data.stage(max(0, self.step - 1))
         metrics = {"step": self.step, "stage": stage, "tokens": self.tokens, "val_loss": losses}
         print(json.dumps(metrics), file=self.log, flush=True)
         if self.rank == 0:
-            tqdm.write(text)  # above the bar
+            tqdm.write(text)
 
-    def is_milestone(self) -> bool:
-        """Whether to save and validate after this step."""
+    def is_milestone(self) -> bool:  # then train saves and validates
         last, stage = self.step == self.data.total_steps, self.data.stage
         return last or self.step % self.config.save_every == 0 or stage(self.step) != stage(self.step - 1)
 
 def train(run: Trainer, peak_flops: float, interrupts: Sized = ()) -> bool:
-    """Train to the last step. -> False if something in `interrupts` ended it."""
-    total_steps = run.data.total_steps
-    bar = tqdm(total=total_steps, initial=run.step, unit="step",
+    """Train to the last step. -> False if one of `interrupts` ended it."""
+    bar = tqdm(total=run.data.total_steps, initial=run.step, unit="step",
                mininterval=1 if sys.stderr.isatty() else 10, disable=run.rank > 0)
     with run.resources, bar:
         if run.is_milestone():
             run.validate()
-        while run.step < total_steps:
+        while run.step < run.data.total_steps:
             metrics = run.take_step(peak_flops)
             bar.set_postfix(stage=metrics["stage"], loss=metrics["loss"], mfu=metrics["mfu"], refresh=False)
             bar.update()
-            stopped = all_reduce(torch.tensor(len(interrupts), device=run.device)) > 0  # on any rank
-            if stopped or run.is_milestone():
+            late = run.rank == 0 and time.monotonic() > run.saved_at + SAVE_SECONDS
+            stopped, late = all_reduce(torch.tensor([len(interrupts), late], device=run.device)).tolist()
+            if stopped or late or run.is_milestone():
                 run.save()
-            if stopped and run.step < total_steps:
+            if stopped and run.step < run.data.total_steps:
                 return False
             if run.is_milestone():
                 run.validate()
@@ -1302,15 +1314,15 @@ def train(run: Trainer, peak_flops: float, interrupts: Sized = ()) -> bool:
 #
 # **Supervised fine-tuning** (SFT) on conversations teaches a base model to answer. Only the
 # batches are new. **LoRA** (arXiv 2106.09685) freezes all weights and trains a **low-rank
-# update** of each linear layer in the decoder [ours], whose gradients and moments need little
-# memory. On a quantized base this is **QLoRA** (arXiv 2305.14314).
+# update** of each linear layer in the decoder [ours]. Its gradients and moments are small. On a
+# quantized base this is **QLoRA** (arXiv 2305.14314).
 
-SFT_TOKENS = 8_192  # [ours] per micro-batch, unless one conversation is longer
+SFT_TOKENS = 8_192  # [ours] per micro-batch
 VALIDATION_SHARE = 0.05  # [ours] of the conversations, at most 256
 
 def pad_sequences(sequences: list[np.ndarray]) -> Batch:
-    """Sequences [2, T_i] of input_ids and labels -> 2 x [N, T]. The longest come first, so
-    similar lengths share a micro-batch. Padding is on the right: no other token attends to it."""
+    """Sequences [2, T_i] of input_ids and labels -> 2 x [N, T], the longest first: similar lengths
+    share a micro-batch. Padding is on the right: no other token attends to it."""
     longest_first = sorted(sequences, key=np.size, reverse=True)
     padded = torch.zeros(2, len(sequences), longest_first[0].shape[1], dtype=torch.long)
     padded[1] = IGNORE_INDEX
@@ -1319,8 +1331,7 @@ def pad_sequences(sequences: list[np.ndarray]) -> Batch:
     return padded[0], padded[1]
 
 class ChatData:
-    """Conversations as batches, in a new order in each epoch. Each is cut after the last
-    answer that fits into the context."""
+    """Conversations as batches, in a new order in each epoch. Each ends with an answer that fits."""
     def __init__(self, conversations: list[Messages], tokenizer: Tokenizer, context: int,
                  config: TrainConfig, epochs: int = 1, fingerprint: dict[str, Any] | None = None):
         encoded, lost = [], 0  # sequences [2, T]; answers that end too late
@@ -1335,13 +1346,12 @@ class ChatData:
         self.summary = f"{total:,} conversations for {context:,} tokens; {lost:,} answers cut off"
         require(total > 1, f"{self.summary}: two are needed, so add some")
         shuffled = [encoded[permuted_index(i, total, "split")] for i in range(total)]
-        held_out = min(256, math.ceil(VALIDATION_SHARE * total))
-        self.held_out, self.sequences = shuffled[:held_out], shuffled[held_out:]
-        longest = max(sequence.shape[1] for sequence in encoded)
+        size = min(256, math.ceil(VALIDATION_SHARE * total))
+        self.held_out, self.sequences = shuffled[:size], shuffled[size:]
+        longest = max(encoded, key=np.size).shape[1]
         batch_size = min(config.batch_size, len(self.sequences))
-        micro_batch_size = min(config.micro_batch_size, batch_size, max(1, SFT_TOKENS // longest))
-        self.config = replace(config, batch_size=batch_size, micro_batch_size=micro_batch_size,
-                              sequence_length=longest)
+        micro = min(config.micro_batch_size, batch_size, max(1, SFT_TOKENS // longest))
+        self.config = replace(config, batch_size=batch_size, micro_batch_size=micro, sequence_length=longest)
         self.total_steps = math.ceil(epochs * len(self.sequences) / batch_size)
         self.fingerprint = {**(fingerprint or {}), "epochs": epochs}
 
@@ -1352,10 +1362,9 @@ class ChatData:
         chosen, total, size = [], len(self.sequences), self.config.batch_size
         for i in range(step * size, (step + 1) * size):
             epoch, place = divmod(i, total)
-            index = permuted_index(place, total, f"{self.config.seed}/chat/{epoch}")
-            chosen.append(self.sequences[index])
-        input_ids, labels = pad_sequences(chosen)
-        return input_ids[rank::world_size], labels[rank::world_size]
+            chosen.append(self.sequences[permuted_index(place, total, f"{self.config.seed}/chat/{epoch}")])
+        ids, labels = pad_sequences(chosen)
+        return ids[rank::world_size], labels[rank::world_size]
 
     def validation(self) -> dict[str, Batch]:
         return {"chat": pad_sequences(self.held_out)}
@@ -1364,7 +1373,7 @@ LORA_ALPHA = 16  # H2O LLM Studio's default, with rank 4
 
 class LoRALinear(nn.Module):
     """y = W x + (alpha / rank) lora_B lora_A x, with W frozen, lora_A [rank, in], lora_B
-    [out, rank]. Both are fp32: many steps are smaller than the gap between bf16 numbers."""
+    [out, rank]. Both are fp32: many steps are smaller than the gaps of bf16."""
     def __init__(self, base_layer: "nn.Linear | QuantizedLinear", rank: int, alpha: float = LORA_ALPHA):
         super().__init__()
         self.base_layer, self.scale = base_layer, alpha / rank
@@ -1380,8 +1389,8 @@ def decoder_linears(model: Danube3) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if name.endswith("_proj")}
 
 def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
-    """Freeze the model and add its adapters. lora_A starts random, lora_B at 0, so they change
-    nothing at first. Norms become fp32, and so does the residual stream."""
+    """Freeze the model and add adapters. lora_A starts random, lora_B at 0, so they change nothing
+    at first. Norms and the residual stream become fp32."""
     model.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, RMSNorm):
@@ -1395,24 +1404,23 @@ def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
     return model
 
 PEFT_PREFIX = "base_model.model."  # of tensor names in peft's files
-# Fields of adapter_config.json: if one is set, peft computes otherwise.
+# If one of these fields is set, peft computes otherwise.
 NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
              "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "lora_bias")
 
 def write_adapters(folder: Path, model: Danube3, weights: Tensors, base: Path, base_sha256: str) -> None:
-    """Write the adapters alone, in peft's layout."""
-    lora = next(module for module in model.modules() if isinstance(module, LoRALinear))
+    """Write the adapters in peft's layout."""
+    lora = next(iter(decoder_linears(model).values()))
     rank = lora.lora_A.out_features
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base.resolve()),
         "r": rank, "lora_alpha": lora.scale * rank, "lora_dropout": 0.0, "bias": "none",
         "target_modules": sorted({name.split(".")[-3] for name in weights})})
-    (folder / "base.sha256").write_text(f"{base_sha256}\n")  # ours; peft ignores it
+    (folder / "base.sha256").write_text(f"{base_sha256}\n")  # peft ignores it
     tensors = {PEFT_PREFIX + name: weight for name, weight in weights.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors)
 
-def adapter_base(folder: Path) -> Path:
-    """The checkpoint that adapters were trained on."""
+def adapter_base(folder: Path) -> Path:  # the checkpoint they were trained on
     base = Path(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
     require((base / "config.json").is_file(), f"{folder} holds adapters to {base}: put that checkpoint there")
     sha256 = folder / "base.sha256"
@@ -1420,11 +1428,11 @@ def adapter_base(folder: Path) -> Path:
     require(same, f"{folder} holds adapters to other weights than those in {base}: put the old ones back")
     return base
 
-def load_adapters(model: Danube3, folder: Path) -> Danube3:
-    """Put a folder's adapters on a model."""
-    path, linears, weights = folder / "adapter_config.json", decoder_linears(model), {}
-    require_weights(folder / "adapter_model.safetensors")
-    for name, weight in read_tensors(folder / "adapter_model.safetensors").items():
+def load_adapters(model: Danube3, folder: Path) -> Danube3:  # with the folder's adapters
+    path, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    linears, weights = decoder_linears(model), {}
+    require_weights(file)
+    for name, weight in read_tensors(file).items():
         require(is_finite(weight.float()), f"{folder}: {name} is not finite: take an earlier checkpoint")
         weights[name.removeprefix(PEFT_PREFIX).replace(".default.", ".")] = weight
     with reading(path):
@@ -1446,15 +1454,13 @@ def load_adapters(model: Danube3, folder: Path) -> Danube3:
 
 # ==== 11. Quantization ====
 #
-# Each group of 32 weights of a row shares one **scale**, and each weight has a **code** of 8 or
-# 4 bits: weight = (code - offset) * scale. Decoding reads all linear layers for each token, so
-# fewer bytes mean more speed. **Round-to-nearest** (RTN) is enough at 8 bits. At 4 bits
-# **calibration** on text is better: weights make up for each other's errors.
+# Each group of 32 weights of a row shares one **scale**, and each weight has a **code** of 8 or 4 bits:
+# weight = (code - offset) * scale. Decoding reads all linear layers for each token, so fewer bytes mean
+# more speed. **Round-to-nearest** (RTN) is enough at 8 bits. At 4, **calibration** on text is better.
 
 GROUP = 32  # weights per scale [ours], as in GGUF
 
-def stored_scales(scales: Tensor) -> Tensor:
-    """Scales as they are stored: fp16, and 1 instead of 0, because some programs divide by them."""
+def stored_scales(scales: Tensor) -> Tensor:  # fp16, and 1 instead of 0: some programs divide by them
     scales = scales.half()
     return torch.where(scales == 0, 1.0, scales)
 
@@ -1464,12 +1470,11 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.float().unflatten(1, (-1, GROUP))  # [out, in/32, 32]
     scales = stored_scales(groups.abs().amax(dim=2) / 127)  # [out, in/32]
     values = groups / scales[..., None].float()
-    values = (values.abs() + 0.5).floor().clamp(max=127) * values.sign()  # .5 goes away from zero, as in GGUF
+    values = (values.abs() + 0.5).floor().clamp(max=127) * values.sign()  # .5 away from zero, as in GGUF
     return (values + 128).flatten(1).to(torch.uint8), scales
 
-def nearest_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """uint8 codes of weights for given scales: 1 .. 255 at 8 bits, 0 .. 15 at 4"""
-    lowest, offset = (1, 128) if bits == 8 else (0, 8)
+def nearest_codes(weight: Tensor, scales: Tensor, bits: int) -> Tensor:  # uint8, for given scales
+    lowest, offset = {8: (1, 128), 4: (0, 8)}[bits]
     return (weight / scales.float() + offset + 0.5).floor().clamp(lowest, 2 * offset - 1).to(torch.uint8)
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -1481,13 +1486,12 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return nearest_codes(groups, scales, 4).flatten(1), scales[..., 0]
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """A byte holds one code of 8 bits, or codes 2j (its low half) and 2j + 1 of 4 bits, as in the
-    package compressed-tensors. uint8 [.., in] -> [.., in bits/8]"""
+    """A byte holds one code of 8 bits, or codes 2j (its low half) and 2j + 1 of 4 bits, as in
+    compressed-tensors. uint8 [.., in] -> [.., in bits/8]"""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)  # [8/bits]
     return (codes.unflatten(-1, (-1, len(shifts))) << shifts).sum(-1, dtype=torch.uint8)
 
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The inverse of pack. uint8 [.., in bits/8] -> [.., in]"""
+def unpack(packed: Tensor, bits: int) -> Tensor:  # uint8 [.., in bits/8] -> [.., in]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
 
@@ -1498,7 +1502,7 @@ def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
     return (values * scales.float()[..., None]).flatten(-2)
 
 class DequantizedMatmul(torch.autograd.Function):
-    """x W^T for a frozen, quantized W. The backward pass dequantizes again instead of storing W."""
+    """x W^T for a quantized W. The backward pass dequantizes again instead of storing W."""
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:  # [.., in] -> [.., out]
         ctx.save_for_backward(packed, scales)
@@ -1506,32 +1510,39 @@ class DequantizedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        packed, scales = ctx.saved_tensors
-        return grad @ dequantize(packed, scales).to(grad.dtype), None, None
+        return grad @ dequantize(*ctx.saved_tensors).to(grad.dtype), None, None
 
 def int8_matvec(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """W x for one vector. x [in], uint8 [out, in], [out, in/32] -> [out], in fp32
-
-    Compiled, this is one loop that reads each code once and never stores W."""
-    weight = (codes.unflatten(1, (-1, GROUP)).float() - 128) * scales.float()[..., None]  # [out, in/32, 32]
-    return (weight * x.float().view(-1, GROUP)).sum((1, 2))
+    """W x for one vector. x [in], uint8 [out, in], [out, in/32] -> [out], in fp32.
+    Compiled, this is one loop that never stores W. Halves of a group are added first: an instruction
+    handles 16 numbers, so the scale is multiplied once."""
+    halves = codes.unflatten(1, (-1, 2, 16)).float() - 128  # [out, in/32, 2, 16]
+    lanes = (halves * x.float().view(-1, 2, 16)).sum(2)  # [out, in/32, 16]
+    return (lanes * scales.float()[..., None]).sum((1, 2))
 
 @functools.cache
 def compiled_int8_matvec() -> Any:
-    return torch.compile(int8_matvec, dynamic=True)  # dynamic: once for nearly all sizes
+    return torch.compile(int8_matvec, dynamic=True)  # once for nearly all sizes
 
-def has_compiler() -> bool:
-    """Whether the C++ compiler is there that torch.compile takes on CPUs."""
+def has_compiler() -> bool:  # what torch.compile needs: a C++ compiler, and Triton for GPUs
+    from torch.utils._triton import has_triton
     usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return shutil.which(os.environ.get("CXX", usual)) is not None
+    found = shutil.which(os.environ.get("CXX", usual)) is not None
+    return found and (has_triton() or not torch.cuda.is_available())
+
+def shall_compile(wish: bool | None, device: torch.device, config: DanubeConfig) -> bool:
+    if wish is None:  # then large models on GPUs [ours]
+        return device.type == "cuda" and count_parameters(config) > 10**8 and has_compiler()
+    return wish
 
 class QuantizedLinear(nn.Module):
-    """A linear layer stored as packed codes, uint8 [out, in bits/8], and scales, fp16 [out, in/32]."""
+    """A linear layer as packed codes, uint8 [out, in bits/8], and scales, fp16 [out, in/32]."""
     def __init__(self, out_features: int, in_features: int, bits: int):
         super().__init__()
         self.out_features, self.in_features, self.bits = out_features, in_features, bits
-        self.weight_packed = nn.Buffer(torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8))
-        self.weight_scale = nn.Buffer(torch.empty(out_features, in_features // GROUP, dtype=torch.float16))
+        packed = torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8)
+        scales = torch.empty(out_features, in_features // GROUP, dtype=torch.float16)
+        self.weight_packed, self.weight_scale = nn.Buffer(packed), nn.Buffer(scales)
         self.fast = False
 
     @property
@@ -1539,28 +1550,35 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.weight_packed, self.weight_scale)
 
     def make_fast(self) -> None:
-        """Prepare for decoding on CPUs. Where that is not possible, nothing changes.
-
-        8 bits: large matrices take the compiled int8_matvec. 4 bits: a kernel of PyTorch, which rounds
-        inputs and scales to bf16 and gives no gradients. It needs an order of its own: `weight` is lost."""
-        if self.weight_packed.device.type != "cpu":
-            return
+        """Prepare for decoding, where that is possible.
+        8 bits: on CPUs large matrices take the compiled int8_matvec. 4 bits: kernels of PyTorch round
+        inputs and scales to bf16, give no gradients, and need codes in other orders. So on CPUs
+        `weight` is lost. On GPUs a copy is made, for products of a few tokens."""
+        device = self.weight_packed.device
         if self.bits == 8:
-            self.fast = self.weight_packed.numel() >= 2**18 and has_compiler()
-        elif self.out_features % 16 == 0 and hasattr(torch, "_weight_int4pack_mm_for_cpu"):
-            self.fast = True
-            for rows in self.weight_packed.split(256):  # in parts: as int32 they need 8 times the memory
+            self.fast = device.type == "cpu" and self.weight_packed.numel() >= 2**18 and has_compiler()
+            if self.fast:
+                self.weight_scale = nn.Buffer(self.weight_scale.float())
+        elif device.type == "cpu" and self.out_features % 16 == 0:
+            for rows in self.weight_packed.split(256):  # as int32 they need 8 times the memory
                 rows.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack(rows, 4).int(), 1))
+            self.fast, self.fast_packed = True, self.weight_packed
+        elif is_recent_gpu(device) and self.out_features % 8 == 0 and self.in_features % 128 == 0:
+            swapped = self.weight_packed << 4 | self.weight_packed >> 4  # there, code 2j is the high half
+            self.fast_packed = nn.Buffer(torch._convert_weight_to_int4pack(swapped, 8), persistent=False)
+            self.fast = True
+        if self.fast and self.bits == 4:
             scales = self.weight_scale.T.bfloat16()  # [in/32, out]
-            zero_points = torch.zeros_like(scales)
-            self.weight_scale = nn.Buffer(torch.stack((scales, zero_points), dim=-1))  # [in/32, out, 2]
+            scales = torch.stack((scales, torch.zeros_like(scales)), dim=-1)  # with zeros [in/32, out, 2]
+            self.fast_scale = nn.Buffer(scales, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         rows = x.reshape(-1, self.in_features)  # [N, in]
-        if self.fast and self.bits == 4:
-            weight = self.weight_packed, GROUP, self.weight_scale
-            y = torch._weight_int4pack_mm_for_cpu(rows.bfloat16(), *weight)
-        elif self.fast and 0 < len(rows) <= 4:  # each row reads all codes again
+        on_cpu = x.device.type == "cpu"
+        if self.fast and self.bits == 4 and (on_cpu or len(rows) <= 16):
+            kernel = torch._weight_int4pack_mm_for_cpu if on_cpu else torch._weight_int4pack_mm
+            y = kernel(rows.bfloat16(), self.fast_packed, GROUP, self.fast_scale)
+        elif self.fast and self.bits == 8 and 0 < len(rows) <= 4:  # each row reads all codes again
             product = compiled_int8_matvec()
             y = torch.stack([product(row, self.weight_packed, self.weight_scale) for row in rows])
         else:
@@ -1568,7 +1586,7 @@ class QuantizedLinear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], -1)  # [N, out] -> [.., out]
 
 def use_quantized_modules(model: Danube3, weights: Tensors) -> Danube3:
-    """Put quantized layers, still empty, where `weights` has packed codes. Their size tells the bits."""
+    """Put empty quantized layers where `weights` has packed codes."""
     for name, packed in weights.items():
         module, _, kind = name.rpartition(".")
         if kind == "weight_packed":
@@ -1578,27 +1596,25 @@ def use_quantized_modules(model: Danube3, weights: Tensors) -> Danube3:
             model.set_submodule(module, QuantizedLinear(linear.out_features, linear.in_features, bits))
     return model
 
-# For y = W x, an error E of W costs the mean of |E x|^2 over calibration data, which is
-# trace(E C E^T), with C the mean of x x^T. (C is half the second derivative of the cost, so the
-# code calls it the Hessian. Any multiple will do.) Each row e of E is a problem of its own:
-# make e C e^T small. RTN makes each entry of e small, but entries can also make up for others.
+# For y = W x, an error E of W costs the mean of |E x|^2 over calibration data: trace(E C E^T),
+# with C the mean of x x^T. (The code calls C, or any multiple, the Hessian: it is half the cost's
+# second derivative.) Each row e of E is a problem of its own: make e C e^T small. RTN makes each
+# entry of e small, but entries can also make up for others.
 #
-# **Coordinate descent** (QuantEase, arXiv 2309.01885) changes one number at a time and leaves
-# all others as they are. A step that adds t d to e changes the cost to a parabola in t,
+# **Coordinate descent** (QuantEase, arXiv 2309.01885) changes one number at a time. A step that
+# adds t d to e makes the cost a parabola in t,
 #
 #     (e + t d) C (e + t d)^T = e C e^T + 2 t (e C d^T) + t^2 (d C d^T),
 #
 # which is lowest at t = -(e C d^T) / (d C d^T). For weight i, d is 1 at i and 0 elsewhere: move
 # the weight by -(e C)_i / C_ii, and take the nearest code. For the scale of a group, d has
 # the group's values, code - offset, and 0 elsewhere. A few sweeps come near a local minimum.
-# (**GPTQ**, arXiv 2210.17323, sweeps once, and lets the weights ahead take any value meanwhile.)
+# (**GPTQ**, arXiv 2210.17323, sweeps once. Meanwhile the weights ahead may take any value.)
 
 def search_scales(groups: Tensor, importance: Tensor | float) -> Tensor:
-    """The int4 scales, out of 12 for each group, with the smallest weighted squared error.
-    groups [.., 32], importance broadcast to it -> fp16 [..]
-
-    Candidates [ours]: quantize_int4's scale times 0.8 .. 1.1, or -0.9 .. -1.2 (the largest
-    weight is then near code 15). Each is fitted to its codes."""
+    """For each group the int4 scale, of 12 [ours], with the smallest weighted squared error: quantize_int4's
+    times 0.8 .. 1.1, or -0.9 .. -1.2 (the largest weight is then near code 15), fitted to the codes.
+    groups [.., 32], importance broadcast to it -> fp16 [..]"""
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))  # [.., 1]
     best, lowest = stored_scales(largest / -8), torch.full_like(largest, math.inf)
     for factor in torch.cat((torch.linspace(0.8, 1.1, 6), torch.linspace(-1.2, -0.9, 6))).tolist():
@@ -1621,11 +1637,9 @@ def round_to_nearest(weight: Tensor, bits: int, importance: Tensor | float = 1.0
     return nearest_codes(groups, scales[..., None], 4).flatten(1), scales
 
 def calibrate(weight: Tensor, hessian: Tensor, bits: int, sweeps: int = 4,
-              damping: float = 0.05) -> tuple[Tensor, Tensor]:
+              damping: float = 0.05) -> tuple[Tensor, Tensor]:  # [ours]: sweeps, damping
     """weight [out, in], hessian [in, in] -> codes uint8 [out, in], scales fp16 [out, in/32]
-
-    `damping` [ours] times its mean is added to the diagonal: weights whose inputs are nearly 0 move
-    little. The number of sweeps is [ours] too."""
+    `damping` times its mean is added to the diagonal: weights whose inputs are nearly 0 move little."""
     weight, size, offset = weight.float(), weight.shape[1], 2 ** (bits - 1)
     added = damping * hessian.diagonal().mean() + 1e-12
     hessian = hessian.float() + added * torch.eye(size, device=hessian.device)
@@ -1633,11 +1647,11 @@ def calibrate(weight: Tensor, hessian: Tensor, bits: int, sweeps: int = 4,
     values, scales = codes.float() - offset, scales.float()
     errors = values * scales.repeat_interleave(GROUP, dim=1) - weight  # e of each row [out, in]
     for start in sweeps * list(range(0, size, GROUP)):
-        end = start + GROUP
-        v, scale = values[:, start:end], scales[:, start // GROUP]  # views [out, 32], [out]
-        own = hessian[start:end, start:end]                         # [32, 32]
-        slopes = errors @ hessian[:, start:end]              # e C in this group [out, 32]
-        v_slopes = v @ own                                   # d C in it, d of the scale [out, 32]
+        here = slice(start, start + GROUP)
+        v, scale = values[:, here], scales[:, start // GROUP]  # views [out, 32], [out]
+        own = hessian[here, here]  # [32, 32]
+        slopes = errors @ hessian[:, here]  # e C in this group [out, 32]
+        v_slopes = v @ own  # d C in it, d of the scale [out, 32]
         step = -(slopes * v).sum(1) / (v_slopes * v).sum(1)  # [out], NaN where all values are 0
         fitted = (scale + step).half().float()  # 0, inf and NaN are no scales: keep the old one
         change = torch.where((fitted != 0) & fitted.isfinite(), fitted - scale, 0.0)
@@ -1648,15 +1662,22 @@ def calibrate(weight: Tensor, hessian: Tensor, bits: int, sweeps: int = 4,
             moved = nearest_codes(target, scale, bits).float() - offset - v[:, i]
             v[:, i] += moved
             slopes += (moved * scale)[:, None] * own[i]
-        errors[:, start:end] = v * scale[:, None] - weight[:, start:end]
+        errors[:, here] = v * scale[:, None] - weight[:, here]
     return (values + offset).to(torch.uint8), scales.half()
 
 # ==== 12. Opening any folder ====
 
+def default_dtype(raw: dict[str, Any], widest: torch.dtype, device: torch.device) -> torch.dtype:
+    """config.json's, or `widest`, of all weights. For quantized models, and bf16 on GPUs, the device's."""
+    dtype = DTYPES.get(str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch."), widest)
+    if raw.get("quantization_config") or (dtype == torch.bfloat16 and device.type == "cuda"):
+        return compute_dtype(device)
+    return dtype
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
                     fast: bool = False) -> tuple[Danube3, Tokenizer]:
-    """Open a checkpoint. -> the model in eval mode, in `dtype` (default: config.json's), and
-    the tokenizer. `fast` prepares a quantized model for decoding on CPUs only."""
+    """Open a checkpoint. -> model in eval mode, in `dtype` (default: config.json's), and tokenizer.
+    `fast` prepares a quantized model for decoding."""
     folder = find_checkpoint(path)
     verify_checksums(folder, skip="training_state")
     if (folder / "adapter_config.json").is_file():
@@ -1664,17 +1685,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype:
                 f"{folder} holds adapters and a whole model: move one to another folder")
         model, tokenizer = load_checkpoint(adapter_base(folder), device, dtype, fast)
         return load_adapters(model, folder).eval(), tokenizer
-    config, raw, weights = read_config(folder), read_json(folder / "config.json"), read_weights(folder)
+    config, weights = read_config(folder), read_weights(folder)
     with torch.device("meta"), reading(folder):  # shapes without memory
         model = use_quantized_modules(Danube3(config), weights)
         widest = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
-    if dtype is None:  # config.json's, or one that holds all stored ones
-        name = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.")
-        dtype = DTYPES.get(name, widest)
-        if raw.get("quantization_config"):
-            dtype = compute_dtype(torch.device(device))
+    dtype = dtype or default_dtype(read_json(folder / "config.json"), widest, torch.device(device))
     for name, weight in weights.items():
-        # copy: a mapped file's alignment can change the last bits of a product
+        # copy: a mapped file's alignment can change a product's last bits
         weights[name] = weight.to(device, dtype if name.endswith("weight") else None, copy=True)
         require(is_finite(weights[name]),
                 f"{folder}: {name} is not finite as {dtype}: use another type, or older weights")

@@ -306,7 +306,7 @@ def as_table(results: dict[str, float]) -> str:
     return "\n".join(lines)
 
 def stored_bytes(model: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 @torch.no_grad()
 def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
@@ -314,11 +314,11 @@ def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
     next_ids, best = torch.full((1, 8), model.config.bos_token_id, device=model.device), math.inf
     for _ in range(3):
         kv_cache = danube3.KVCache(model.config, 1, 8 + tokens, model.dtype, model.device)
-        model.model(next_ids.expand(1, 8), kv_cache)
+        model.next_logits(next_ids.expand(1, 8), kv_cache)
         start = time.perf_counter()
         for _ in range(tokens):
-            logits = model.lm_head(model.model(next_ids[:, -1:], kv_cache)[:, -1])  # [1, V]
-            next_ids = logits.argmax(-1, keepdim=True)                              # [1, 1]
+            logits = model.next_logits(next_ids[:, -1:], kv_cache)  # [1, V]
+            next_ids = logits.argmax(-1, keepdim=True)              # [1, 1]
         next_ids.item()  # waits for the device
         best = min(best, (time.perf_counter() - start) / tokens)
     read = stored_bytes(model) - stored_bytes(model.model.embed_tokens)
@@ -337,6 +337,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="same seed, same text [a new one each time]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=list(danube3.DTYPES), help="type of the weights [as stored]")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the pass of one "
+                        "token: it takes a minute, then decodes faster [on GPUs, but for small models]")
     parser.add_argument("--chat", action="store_true", help="chat: each line of standard input is a question")
     parser.add_argument("--eval", metavar="PATH", help="evaluate on questions (.jsonl, .json), a text file "
                         "(perplexity) or a data folder (loss of each source)")
@@ -417,6 +419,13 @@ def main() -> None:
     args = arguments()
     device, dtype = pick_device(args.device), danube3.DTYPES.get(args.dtype)
     model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, fast=not args.eval)
+    quantized = any(isinstance(module, danube3.QuantizedLinear) for module in model.modules())
+    require(not (args.compile and quantized and device.type == "cpu"),
+            "on CPUs quantized models have compiled functions of their own: leave out --compile")
+    if not args.eval and danube3.shall_compile(args.compile, device, model.config):
+        print("compilation delays the first token, and tokens 257, 513, ..; --no-compile starts at once",
+              file=sys.stderr)
+        model.compile_decoding()
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if "<|prompt|>" not in str(tokenizer.chat_template) and not args.prompt:
         print("warning: the model has another chat template; Danube3's is used here", file=sys.stderr)

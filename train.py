@@ -23,8 +23,7 @@ from data.read import positive, token_count
 # ---- The plan of a run: does it fit into memory, how long does it take, what does it read?
 
 def remix(config: TrainConfig, order: str) -> TrainConfig:
-    """The same tokens of every source in another order, to test the idea of the stages. "reversed" starts
-    with the last stage. "constant" gives every stage the mixture of the whole run."""
+    """To test the idea of the stages: "reversed", or "constant", which gives each the whole run's mixture."""
     if order == "reversed":
         return replace(config, stages=config.stages[::-1])
     if order == "staged":
@@ -38,21 +37,21 @@ def remix(config: TrainConfig, order: str) -> TrainConfig:
             overall[name] += factor * weight
     return replace(config, stages=tuple(replace(stage, mixture=overall) for stage in config.stages))
 
-def memory_bytes(config: DanubeConfig, training: TrainConfig, compute_bytes: int = 2, gpus: int = 1,
+def memory_bytes(config: DanubeConfig, training: TrainConfig, gpus: int = 1,
                  checkpointing: bool = False) -> dict[str, int]:
-    """Bytes that training needs on each device, by component. `compute_bytes`: 4 for fp32, 2 for bf16.
+    """Bytes that training needs on each device, by component. Activations are an estimate, a few percent low.
 
-    Weights, gradients and the two AdamW moments are exact. FSDP shards them, but a gradient accumulated over
-    micro-batches is unsharded until the reduce-scatter, as are embedding, head and two layers. Activations
-    are an estimate: autograd keeps of each layer six vectors [D] in fp32 (residual stream, norms) and the
-    inputs of linear layers and attention in the compute dtype; with activation checkpointing of one layer,
-    and one vector [D] of each. Logits count thrice: themselves, softmax, gradient."""
+    Weights, gradients and AdamW's moments are exact. FSDP shards them, but not a gradient accumulated over
+    micro-batches, nor compute copies: of all weights, or in large models of embedding, head and two layers.
+    Autograd keeps of a layer four vectors [D] in fp32 (residual stream, normalized), and the inputs of linear
+    layers and attention; with activation checkpointing of one layer, and one [D] of each. Logits thrice."""
     c, own_share = config, math.ceil(training.batch_size / gpus)  # sequences of a step on one GPU
     tokens = min(training.micro_batch_size, own_share) * training.sequence_length
+    compute_bytes = danube3.DTYPES.get(training.dtype, torch.bfloat16).itemsize  # auto: as on a GPU
     parameters = danube3.count_parameters(config)
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v, attention output
     mlp = 4 * c.intermediate_size  # gate, silu(gate), up, and their product
-    per_token = 4 * 6 * c.hidden_size + compute_bytes * (heads + mlp)
+    per_token = 4 * 4 * c.hidden_size + compute_bytes * (2 * c.hidden_size + heads + mlp)
     kept = c.num_hidden_layers * per_token
     if checkpointing:
         kept = per_token + c.num_hidden_layers * 4 * c.hidden_size
@@ -62,12 +61,13 @@ def memory_bytes(config: DanubeConfig, training: TrainConfig, compute_bytes: int
         "weights (fp32)": 4 * parameters // gpus,
         "gradients (fp32)": 4 * parameters // (gpus if one_pass else 1),
         "AdamW moments (fp32)": 8 * parameters // gpus,
-        "activations (estimate)": tokens * kept,
+        "activations": tokens * kept,
         "logits": 3 * 4 * min(tokens, danube3.LOGIT_TOKENS) * c.vocab_size,
     }
-    if gpus > 1:  # embedding and head: fp32 weights and gradients; two layers' weights, one's gradient
+    if gpus > 1:  # and the gradient of the embedding, the head or a layer, the largest
         layer = (parameters - ends) // c.num_hidden_layers
-        memory["unsharded"] = 8 * ends + (2 * compute_bytes + 4) * layer
+        copies = parameters if parameters <= danube3.FSDP_KEPT else ends + 2 * layer
+        memory["unsharded"] = compute_bytes * copies + 4 * max(ends // 2, layer)
     elif compute_bytes < 4:
         memory["weights (compute copy)"] = compute_bytes * parameters
     return memory
@@ -81,7 +81,7 @@ def choose_checkpointing(config: DanubeConfig, training: TrainConfig, wish: str,
     Training that cannot fit into `gpu_memory` bytes is refused, with what would help."""
     def fits(micro_batch_size: int, gpus: int, checkpointing: bool) -> bool:
         plan = replace(training, micro_batch_size=micro_batch_size)
-        return sum(memory_bytes(config, plan, 2, gpus, checkpointing).values()) <= USABLE_MEMORY * gpu_memory
+        return sum(memory_bytes(config, plan, gpus, checkpointing).values()) <= USABLE_MEMORY * gpu_memory
 
     for choice in {"auto": (False, True), "on": (True,), "off": (False,)}[wish]:
         if fits(training.micro_batch_size, gpus, choice):
@@ -94,7 +94,7 @@ def choose_checkpointing(config: DanubeConfig, training: TrainConfig, wish: str,
         remedy = "--micro-batch-size 1"
     if fits(training.micro_batch_size, gpus, True):
         remedy = "--activation-checkpointing on"
-    needed = sum(memory_bytes(config, training, 2, gpus, wish != "off").values()) / 1e9
+    needed = sum(memory_bytes(config, training, gpus, wish != "off").values()) / 1e9
     raise DanubeError(f"training needs {needed:,.1f} GB on each GPU, and of {gpu_memory / 1e9:,.1f} GB "
                       f"{USABLE_MEMORY * gpu_memory / 1e9:,.1f} can be used: take {remedy}")
 
@@ -110,7 +110,7 @@ def set_activation_checkpointing(model: Danube3, training: TrainConfig, wish: st
             plan = memory_bytes(model.config, training)
             weights = sum(parameter.nbytes for parameter in model.parameters()) // gpus
             weights += sum(buffer.nbytes for buffer in model.buffers())  # quantized codes are not sharded
-            on = weights + plan["activations (estimate)"] + plan["logits"] > USABLE_MEMORY * memory
+            on = weights + plan["activations"] + plan["logits"] > USABLE_MEMORY * memory
     if on:
         danube3.use_activation_checkpointing(model)
 
@@ -118,7 +118,7 @@ def describe_plan(config: DanubeConfig, training: TrainConfig, total_steps: int,
                   checkpointing: bool = False, epochs: dict[str, float] | None = None) -> str:
     """A run in one screen: parameters, batches, memory, operations, days, stages and their sources."""
     c, parameters, step = training, danube3.count_parameters(config), training.tokens_per_step
-    memory = memory_bytes(config, training, 2, gpus, checkpointing)
+    memory = memory_bytes(config, training, gpus, checkpointing)
     flops = danube3.flops_per_token(config, c.sequence_length) * total_steps * step
     days = flops * (4 / 3 if checkpointing else 1) / gpus / GPU_FLOPS / 86_400
     note = ", with activation checkpointing" if checkpointing else ""
@@ -131,7 +131,8 @@ def describe_plan(config: DanubeConfig, training: TrainConfig, total_steps: int,
         f"{'':16}{days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.1f} TFLOP/s: 40 % of an H100's peak",
         f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU{note}",
     ]
-    lines += [f"{size / 1e9:26,.2f}  {name}" for name, size in memory.items()]
+    for name, size in memory.items():
+        lines.append(f"{size / 1e9:26,.2f}  {name}")
     lines.append(f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in "
                  "fp32; the disk holds two while one is written")
     if c.stages:
@@ -207,12 +208,10 @@ def report_run(args: argparse.Namespace, run: danube3.Trainer) -> None:
     print("try: python sample.py", args.merge or run.out, "--chat" if args.chat else '"Once upon a time"')
 
 def set_weight(model: Danube3, name: str, weight: Tensor) -> None:
-    """Replace the module `name` by an ordinary one with this weight [out, in]."""
-    plain: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    if name == "model.embed_tokens":
-        plain = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
-    plain.weight = nn.Parameter(weight.detach())
-    model.set_submodule(name, plain)
+    """Replace the linear layer `name` by an ordinary one with this weight [out, in]."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach())
+    model.set_submodule(name, linear)
 
 def merge_lora(model: Danube3) -> Danube3:
     """Add every low-rank update to its weight, in place."""
@@ -232,11 +231,10 @@ def dequantize_model(model: Danube3) -> Danube3:
 
 # ---- The machine: its speed, its processes, its signals
 
-def measure_matmul_peak(device: torch.device, seconds: float = 0.3) -> float:
-    """The best rate of a square matrix product in compute_dtype, in operations per second. MFU is measured
-    against it. (Papers use the data sheet's peak instead.) The matrices grow while time is left, because a
-    CPU that emulates fp16 would need a minute for one large product."""
-    dtype, size, best = danube3.compute_dtype(device), 128, 0.0
+def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """The best rate of a square matrix product, in operations per second. MFU is measured against it (papers
+    take the data sheet's). Matrices grow while time is left: a large one in emulated fp16 takes a minute."""
+    size, best = 128, 0.0
     largest = 2_048 if device.type == "cpu" else 8_192
 
     def time_product(size: int) -> float:
@@ -257,17 +255,18 @@ def measure_matmul_peak(device: torch.device, seconds: float = 0.3) -> float:
             size *= 2
 
 def compile_model(model: Danube3) -> None:
-    """torch.compile fuses the small operations of a decoder layer. All layers share the result."""
+    """torch.compile fuses small operations of a decoder layer (all share the result) and of the loss."""
     if not danube3.has_compiler():
-        print("no C++ compiler found: going on without --compile")
+        print("no C++ compiler found (or Triton, for GPUs): going on without --compile")
         return
+    torch.compiler.assume_constant_result(danube3.is_recent_gpu)  # asked for, not traced
     for layer in model.model.layers:
         layer.compile()
+    model.block_loss = torch.compile(model.block_loss)  # type: ignore[method-assign]
 
 def catch_interrupts(world_size: int) -> list[int]:
-    """From now on the first Ctrl-C or SIGTERM is put into the returned list. A second one ends the program.
-    Under torchrun a second Ctrl-C is ignored, because torchrun passes the first on several times, and SIGTERM
-    is not caught, because torchrun sends it when another process has failed."""
+    """From now on the first Ctrl-C or SIGTERM is put into the returned list; a second one ends the program.
+    Not under torchrun: it passes Ctrl-C on several times, and sends SIGTERM if another process has failed."""
     caught: list[int] = []
 
     def catch(number: int, frame: object) -> None:
@@ -292,7 +291,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=positive, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, help="of the initial weights and the order of the data")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--compile", action="store_true", help="compile the model (CPUs need a C++ compiler)")
+    parser.add_argument("--dtype", choices=["auto", *danube3.DTYPES], default="auto",
+                        help="of products; auto: bfloat16 where it is fast, but float32 for the toy on CPUs")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="fuse operations [on GPUs]")
     parser.add_argument("--activation-checkpointing", "--recompute", choices=["auto", "on", "off"],
                         default="auto", help="recompute in the backward pass: less memory, more time")
     parser.add_argument("--gpus", type=positive, help="with --dry-run: plan for this many [1]")
@@ -331,7 +332,7 @@ def sft_config(config: DanubeConfig, lora: bool = False) -> TrainConfig:
     lr = (1e-4 if lora else 1e-5) * 1536 / config.hidden_size
     return TrainConfig(16, 16, lr, weight_decay=0.0, warmup_fraction=0.05, save_every=500)
 
-def adjust(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
+def adjust(config: TrainConfig, args: argparse.Namespace, model: DanubeConfig) -> TrainConfig:
     """The training config with what the command line changes."""
     names = ("batch_size", "sequence_length", "micro_batch_size", "learning_rate", "save_every", "seed")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -341,7 +342,8 @@ def adjust(config: TrainConfig, args: argparse.Namespace) -> TrainConfig:
         require(tokens % length == 0, f"a step of {tokens:,} tokens is no whole number of sequences of "
                 f"{length:,}: use --tokens-per-step {max(1, tokens // length) * length}")
         changes["batch_size"] = tokens // length
-    config = replace(config, **changes)
+    dtype = read.pick_dtype(args.dtype, args.device, model)
+    config = replace(config, dtype=dtype, **changes)
     return config.with_tokens(args.tokens) if args.tokens else config
 
 def plan(args: argparse.Namespace, config: DanubeConfig, training: TrainConfig, total_steps: int,
@@ -364,7 +366,7 @@ def pre_training(args: argparse.Namespace, base: Path | None,
     name, rank = args.config or "toy", danube3.rank_and_world_size()[0]
     config = danube3.CONFIGS[name]
     config = replace(config, num_hidden_layers=args.layers or config.num_hidden_layers)
-    training = adjust(remix(danube3.TRAIN_CONFIGS[name], args.mixture or "staged"), args)
+    training = adjust(remix(danube3.TRAIN_CONFIGS[name], args.mixture or "staged"), args, config)
     folder, steps = args.data or Path("data", name), training.stage_ends[-1]
     require(steps > 0, f"this is less than one step of {training.tokens_per_step:,} tokens: raise --tokens")
     require(training.sequence_length <= config.max_position_embeddings, "--sequence-length "
@@ -388,20 +390,19 @@ def pre_training(args: argparse.Namespace, base: Path | None,
             f"--init {base} is no {name} with the tokenizer of {folder}: choose another")
     return merge_lora(model), tokenizer, data
 
-def fine_tuning(args: argparse.Namespace, base: Path, start: str,
-                device: torch.device) -> tuple[Danube3, Tokenizer, ChatData]:
+def fine_tuning(args: argparse.Namespace, base: Path, start: str) -> tuple[Danube3, Tokenizer, ChatData]:
     """-> model (on the device `start`), tokenizer, data"""
     require(not (args.lora and (base / "adapter_config.json").is_file()),
             f"{base} holds adapters: --lora needs a whole model (--merge writes one)")
-    dtype = danube3.compute_dtype(device) if args.lora else torch.float32
-    model, tokenizer = danube3.load_checkpoint(base, start, dtype)
+    dtype = read.pick_dtype(args.dtype, args.device, danube3.read_config(base)) if args.lora else "float32"
+    model, tokenizer = danube3.load_checkpoint(base, start, danube3.compute_dtype(args.device, dtype))
     tokenizer.add_bos, tokenizer.chat_template = False, danube3.CHAT_TEMPLATE  # as in render_chat
     conversations: list[danube3.Messages] = []
     for path in args.chat:
         conversations += read.read_conversations(path, bool(args.system))
     fingerprint = {"chat": " ".join(map(danube3.file_sha256, args.chat)), "fold_system": args.system,
                    "lora": args.lora}
-    training = adjust(sft_config(model.config, bool(args.lora)), args)
+    training = adjust(sft_config(model.config, bool(args.lora)), args, model.config)
     data = ChatData(conversations, tokenizer, model.config.max_position_embeddings, training,
                     args.epochs or 1, fingerprint)
     if args.micro_batch_size:
@@ -425,13 +426,13 @@ def output_directory(args: argparse.Namespace, base: Path | None) -> Path:
 
 def main() -> int:
     args = arguments()
-    device = read.pick_device(args.device)
+    device = args.device = read.pick_device(args.device)
     read.join_processes(device)
     rank, world_size = danube3.rank_and_world_size()
     base, start = danube3.find_checkpoint(args.init) if args.init else None, "cpu" if rank == 0 else "meta"
     data: StagedData | ChatData
     if args.chat and base:
-        model, tokenizer, data = fine_tuning(args, base, start, device)
+        model, tokenizer, data = fine_tuning(args, base, start)
     else:
         model, tokenizer, data = pre_training(args, base, start)
     quantized = any(isinstance(module, danube3.QuantizedLinear) for module in model.modules())
@@ -439,7 +440,7 @@ def main() -> int:
     out = output_directory(args, base)
     require(not args.merge or args.merge.resolve() != out.resolve(), f"{args.merge} is the run's own --out")
     set_activation_checkpointing(model, data.config, args.activation_checkpointing, device)
-    if args.compile:
+    if danube3.shall_compile(args.compile, device, model.config):
         compile_model(model)
     size = data.config.batch_size
     require(size % world_size == 0, f"{world_size} processes cannot share {size} sequences: change one")
@@ -453,11 +454,11 @@ def main() -> int:
     run = danube3.Trainer(out, model, tokenizer, data, args.resume, base, device)
     if rank == 0:
         trainable = sum(weight.numel() for name, weight in run.tensors() if name.startswith("weights."))
-        dtype = str(danube3.compute_dtype(device)).removeprefix("torch.")
+        dtype = str(run.dtype).removeprefix("torch.")
         print(f"{trainable:,} trainable parameters, {data.total_steps:,} steps of {size} sequences on "
               f"{world_size} x {device.type} in {dtype}")
     interrupts = catch_interrupts(world_size)
-    finished = danube3.train(run, world_size * measure_matmul_peak(device), interrupts)
+    finished = danube3.train(run, world_size * measure_matmul_peak(device, run.dtype), interrupts)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.backends.cuda.enable_cudnn_sdp(False)

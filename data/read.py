@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
@@ -52,6 +51,13 @@ def pick_device(name: str = "auto") -> torch.device:
                           "--device auto, and one process per GPU") from error
     return zero.device
 
+def pick_dtype(wish: str, device: torch.device, config: danube3.DanubeConfig) -> str:
+    """"auto" is bf16 on CPUs that compute in it too, but for the toy, so that its figures are everyone's."""
+    known: dict = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch know nothing
+    fast = device.type == "cpu" and (known.get("avx512_bf16") or known.get("amx_bf16"))
+    wide = config.hidden_size > danube3.CONFIGS["toy"].hidden_size
+    return "bfloat16" if wish == "auto" and fast and wide else wish
+
 def join_processes(device: torch.device) -> None:
     """Meet the other processes that torchrun has started, if it has."""
     if "LOCAL_RANK" not in os.environ:
@@ -60,7 +66,7 @@ def join_processes(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend, own = "nccl", device
-    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own)  # all wait while rank 0 saves
+    dist.init_process_group(backend, device_id=own)
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a program. What the user can fix ends in one line on stderr, exit code 2."""

@@ -1,4 +1,4 @@
-"""What only a GPU can tell: `python tests/bench_gpu.py --json gpu.json`, on one GPU, in under nine minutes.
+"""What only a GPU can tell: `python tests/bench_gpu.py --json gpu.json`, on one GPU, in under ten minutes.
 
 Needs numpy, torch, safetensors, sentencepiece and tqdm, and no network. The parts run in the order of their
 worth. Each part is a process of its own. It is killed at its limit; the rows that it has written are kept.
@@ -42,6 +42,8 @@ load_checkpoint, save_checkpoint = danube3.load_checkpoint, danube3.save_checkpo
 make_optimizer, evaluate_loss = danube3.make_optimizer, danube3.evaluate_loss
 generate, measure_decoding = danube3.generate, sample.measure_decoding
 measure_peak, pick_device, compile_model = train.measure_matmul_peak, read.pick_device, train.compile_model
+has_compiler, compute_dtype, QuantizedLinear = danube3.has_compiler, danube3.compute_dtype, danube3.QuantizedLinear
+TRAIN_CONFIGS, read_config = danube3.TRAIN_CONFIGS, danube3.read_config
 make_toy_data, quantize_folder = toy.make, quantize.quantize_folder
 choose_checkpointing, memory_bytes = train.choose_checkpointing, train.memory_bytes
 
@@ -95,7 +97,7 @@ def new_cache(model, length):
 @torch.no_grad()
 def next_logits(model, ids, cache):
     """Logits of the last of `ids` [1, T], which the cache then holds. -> [1, V]"""
-    return model.lm_head(model.model(ids, cache)[:, -1]).float()
+    return model.next_logits(ids, cache)
 
 
 def train_command(data, out, device, steps, tiny):
@@ -198,7 +200,7 @@ def open_both(bench, kind):
         tokenizer = Tokenizer(bench.work / "toy" / "tokenizer.model")
         save_checkpoint(unquantized, model, tokenizer, dtype=torch.bfloat16)
     if not folder.exists():
-        quantize_folder(unquantized, folder, quantize.layout(danube3.read_config(unquantized), int(kind[3:])), {})
+        quantize_folder(unquantized, folder, quantize.layout(read_config(unquantized), int(kind[3:])), {})
     reference, tokenizer = load_checkpoint(folder, "cpu", torch.float32)
     return reference, load_checkpoint(folder, bench.device, fast=True)[0], tokenizer.vocab_size
 
@@ -209,7 +211,8 @@ def show_ceilings(bench):
         value = ceilings(bench)[i]
         note = f"{value / bench.sheet[i]:.0%} of the data sheet" if bench.sheet else "no data sheet"
         bench.row(what, value / 1e12, unit, note=note)
-    bench.row("matmul, as train.py measures it", measure_peak(bench.device) / 1e12, "TFLOP/s")
+    dtype = compute_dtype(bench.device)
+    bench.row("matmul, as train.py measures it", measure_peak(bench.device, dtype) / 1e12, "TFLOP/s")
 
 
 def one_step(model, ids, labels, settings):
@@ -290,7 +293,8 @@ def compare_perplexity(bench, kind):
 def training_speed(bench, name, mode, batch_size):
     """Tokens a second, MFU and memory of training on random tokens, as train.py trains."""
     config, length, what = CONFIGS[name], CONFIGS[name].max_position_embeddings, f"{name} {mode}"
-    settings, checkpointing, seconds = train_config(name, length, batch_size), "checkpointing" in mode, []
+    micro = TRAIN_CONFIGS[name].micro_batch_size
+    settings, checkpointing, seconds = train_config(name, length, batch_size, micro), "checkpointing" in mode, []
     if bench.cuda:
         try:
             planned = choose_checkpointing(config, settings, "auto", bench.memory)
@@ -325,17 +329,60 @@ def training_speed(bench, name, mode, batch_size):
     bench.row(f"{what}: MFU", share, "%", note="full attention, data sheet's peak")
     if not bench.cuda:
         return bench.row(f"{what}: memory", note="not measured on a CPU")
-    planned = sum(memory_bytes(config, settings, 2, 1, checkpointing).values())
+    planned = sum(memory_bytes(config, settings, 1, checkpointing).values())
     peak, note = torch.cuda.max_memory_allocated(), f"reserved {torch.cuda.max_memory_reserved() / 1e9:.1f}"
     bench.row(f"{what}: memory", peak / 1e9, "GB", note=f"planned {planned / 1e9:.1f}, {note}")
     bench.row(f"{what}: memory over plan", peak / planned, limit=1.08, note="(the plan leaves 8 % free)")
 
 
 def decoding_speed(bench, name, kind):
-    speed, read = measure_decoding(random_model(CONFIGS[name], kind, bench.device))
-    bench.row(f"{name} {kind}: speed", speed, "tokens/s", note=f"{read / 1e9:,.1f} GB/s of weights")
-    note = f"{read / bench.sheet[1]:.0%} of the data sheet's" if bench.sheet else "no data sheet"
-    bench.row(f"{name} {kind}: share of copy", 100 * read / ceilings(bench)[1], "%", note=note)
+    """Batch 1, as it is and compiled, which must give the same logits and, on a GPU, replay a CUDA graph."""
+    model, prompt = random_model(CONFIGS[name], kind, bench.device), torch.arange(3, 11, device=bench.device)[None]
+    logits = []
+    for mode in ("eager", "compiled"):
+        what, note, start = f"{name} {kind} {mode}", "", time.perf_counter()
+        if mode == "compiled":
+            if not has_compiler():
+                return bench.row(what, note="not measured: there is no compiler")
+            torch._dynamo.utils.counters.clear()
+            model.compile_decoding()
+        cache = new_cache(model, CONFIGS[name].max_position_embeddings)
+        next_logits(model, prompt, cache)
+        logits.append(torch.stack([next_logits(model, prompt[:, t : t + 1], cache) for t in range(3)]))
+        speed, read = measure_decoding(model)
+        if mode == "compiled":
+            note = f", {time.perf_counter() - start:.0f} s with compilation"
+        bench.row(f"{what}: speed", speed, "tokens/s", note=f"{read / 1e9:,.1f} GB/s of weights{note}")
+        note = f"{read / bench.sheet[1]:.0%} of the data sheet's" if bench.sheet else "no data sheet"
+        bench.row(f"{what}: share of copy", 100 * read / ceilings(bench)[1], "%", note=note)
+    cache.length = CONFIGS[name].max_position_embeddings - 40  # the mask keeps FlashAttention out: what does it cost?
+    next_logits(model, prompt[:, :1], cache)
+    start = time.perf_counter()
+    for _ in range(32):
+        next_logits(model, prompt[:, :1], cache)
+    bench.wait()
+    bench.row(f"{what}: speed, full context", 32 / (time.perf_counter() - start), "tokens/s")
+    bench.row(f"{what}: logits", relative_error(logits[1], logits[0]), limit=0.03)
+    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    bench.row(f"{what}: CUDA graphs skipped", skips, ok=skips == 0)
+
+
+def int4_products(bench, name):
+    """One token through PyTorch's int4 kernel, and through compiled dequantization: which is the better way?"""
+    config = CONFIGS[name]
+    linear = QuantizedLinear(config.intermediate_size, config.hidden_size, 4).to(bench.device)
+    linear.weight_packed.random_()
+    linear.weight_scale.fill_(0.005)
+    x = torch.randn(1, config.hidden_size, device=bench.device, dtype=torch.bfloat16)
+    compiled = torch.compile(linear.forward, fullgraph=True, options={"coordinate_descent_tuning": True})
+    with torch.no_grad():
+        expected = linear(x)
+        bytes_read, error = 0.5625 * linear.out_features * linear.in_features, relative_error(compiled(x), expected)
+        bench.row("dequantized in a compiled product", bytes_read / best_time(bench, lambda: compiled(x)) / 1e9, "GB/s")
+        bench.row("its difference to eager", error, limit=0.02)
+        linear.make_fast()
+        bench.row("PyTorch's kernel", bytes_read / best_time(bench, lambda: linear(x)) / 1e9, "GB/s")
+        bench.row("its difference to eager", relative_error(linear(x), expected), limit=0.02)
 
 
 def attention_used(bench, name, phase):
@@ -425,17 +472,19 @@ def all_parts(tiny):
         "logits": (100, compare_logits, kinds),
         "perplexity": (80, compare_perplexity, kinds),
         "training": (180, training_speed, [(name, mode, batch_size) for mode in modes]),
-        "decoding": (100, decoding_speed, [(size, kind) for size in sizes for kind in KINDS]),
+        "decoding": (150, decoding_speed, [(name, kind) for kind in KINDS]),
+        "int4": (60, int4_products, [(size,) for size in sizes]),
         "attention": (60, attention_used, [(name, phase) for phase in phases]),
         "resume": (120, kill_and_resume, [()]),
         "training-4b": (150, training_speed, [(large, mode, batch_size // 2) for mode in modes_4b]),
+        "decoding-4b": (250, decoding_speed, [(large, kind) for kind in KINDS]),
     }
     faults = {"raises": (60, fail, [(0,)]), "sleeps": (15, fail, [(600,)])}
     return {**faults, **parts} if os.environ.get("BENCH_GPU_FAULTS") else parts  # for the test
 
 
 # ----------------------------------------------------------------------------------- Parent and child process
-TOTAL = 515  # seconds of all parts together
+TOTAL = 570  # seconds of all parts together
 
 
 def run_child(name, tiny, work):

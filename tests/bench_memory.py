@@ -60,7 +60,8 @@ def main():
         batch_size=args.batch_size,
         micro_batch_size=args.batch_size,
     )
-    estimate = train.memory_bytes(config, training, 4, 1, args.activation_checkpointing)
+    training = dataclasses.replace(training, dtype="float32")
+    estimate = train.memory_bytes(config, training, 1, args.activation_checkpointing)
     tokenizer = danube3.Tokenizer(ROOT / "data" / "toy" / "tokenizer.model")  # only copied into the checkpoint
     model = danube3.Danube3.new(config, seed=0)
     if args.activation_checkpointing:

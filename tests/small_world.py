@@ -92,7 +92,7 @@ class World:
             danube3.CONFIGS["toy"], hidden_size=64, intermediate_size=96, num_hidden_layers=1, head_dim=32,
             vocab_size=320, max_position_embeddings=128)
         danube3.round = lambda *number: 0  # speeds are not compared
-        train.measure_matmul_peak = lambda device: 1.0
+        train.measure_matmul_peak = lambda device, dtype: 1.0
         train.plot_curves = lambda out, config: None  # half a second
         for self.seed in (1, 0):  # stays 0
             write_lines(folder / f"texts{self.seed}/lines.jsonl", self.seed)

@@ -32,9 +32,9 @@ def kv_cache_bytes(config, batch_size, length, bytes_per_number=2):
     "break-norm": [("scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)",
                     "scale = torch.rsqrt(x32.square().mean(-1, keepdim=True))")],
     "break-rotary": [("first, second = x.chunk(2, dim=-1)", "first, second = x[..., ::2], x[..., 1::2]")],
-    "break-heads": [("    return F.scaled_dot", """\
+    "break-heads": [("    T, (K, S), groups =", """\
     k, v = (x.repeat(1, q.shape[1] // x.shape[1], 1, 1) for x in (k, v))
-    return F.scaled_dot""")],
+    T, (K, S), groups =""")],
     "break-mask": [(".tril(diagonal=S - T)", ".tril()")],
     "interleaved-rotary": [before("def grouped_query_attention(", """
 def rotary_embedding_interleaved(x, cos, sin):
@@ -43,14 +43,12 @@ def rotary_embedding_interleaved(x, cos, sin):
     return rotated.flatten(-2).to(x.dtype)
 """)],
     "sliding-window": [
-        ("def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor)",
-         "def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, window: int = 0)"),
-        ("    return F.scaled_dot", """\
+        ("v: Tensor, mask: Tensor | None = None)", "v: Tensor, mask: Tensor | None = None, window: int = 0)"),
+        ("    if mask is None and T == S and", """\
     if window:
         ones = torch.ones(T, S, dtype=torch.bool, device=q.device)
         mask = ones.tril(diagonal=S - T).triu(diagonal=S - T - window + 1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    return F.scaled_dot"""),
+    if mask is None and T == S and"""),
     ],
     "z-loss": [
         ("def cross_entropy(logits: Tensor, labels: Tensor)",
@@ -77,7 +75,10 @@ class RollingCache:
             raise DanubeError("a rolling cache takes one token at a time")
         place, end = self.length % self.window, min(self.length + 1, self.window)
         self.kv[layer, 0, :, :, place], self.kv[layer, 1, :, :, place] = k[:, :, 0], v[:, :, 0]
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end], None
+
+    def next_positions(self, count, static=False):
+        self.positions = torch.arange(self.length, self.length + count, device=self.kv.device)
 """)],
     "min-p": [
         ("top_p: float = 1.0) -> Tensor:", "top_p: float = 1.0, min_p: float = 0.0) -> Tensor:"),

@@ -182,10 +182,21 @@ def test_next_token_probabilities_against_the_twin(temperature, top_k, top_p, dr
 
 
 @pytest.mark.parametrize(
-    "dtype, T, shared", [("float32", 5, False), ("bfloat16", 5, True), ("bfloat16", 1, True), ("float16", 1, False)]
+    "dtype, capability, T, heads",
+    [
+        ("float32", 9, 5, (6, 6)),  # repeated
+        ("bfloat16", 8, 5, (6, 3)),  # the kernel shares
+        ("float16", 9, 5, (6, 3)),
+        ("float16", 7, 5, (6, 6)),
+        ("bfloat16", 9, 2, (3, 3)),  # heads that share keys are queries of one head
+        ("float16", 7, 1, (3, 3)),
+        ("float32", 7, 1, (3, 3)),
+    ],
 )
-def test_heads_are_repeated_where_no_kernel_shares_them(dtype, T, shared, monkeypatch):
-    """On a GPU, which is simulated here, only bf16 without a mask is left to the kernel. The result is the same."""
+def test_heads_that_share_keys_on_a_gpu(dtype, capability, T, heads, monkeypatch):
+    """On a GPU, which is simulated here, keys and values are only repeated for a whole sequence, where the kernel
+    cannot share. The result is always the same."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
 
     class OnGpu(torch.Tensor):
         device = property(lambda self: torch.device("cuda"))
@@ -197,13 +208,13 @@ def test_heads_are_repeated_where_no_kernel_shares_them(dtype, T, shared, monkey
     expected = danube3.grouped_query_attention(q, k, v)
     attention = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(q, k, v, enable_gqa, **more):
-        calls.append((enable_gqa, k.shape[1], v.shape[1]))
+    def spy(q, k, v, enable_gqa=False, **more):
+        calls.append((enable_gqa, q.shape[1], k.shape[1], v.shape[1]))
         return attention(q, k, v, enable_gqa=enable_gqa, **more)
 
     monkeypatch.setattr(danube3.F, "scaled_dot_product_attention", spy)
     result = danube3.grouped_query_attention(*(x.as_subclass(OnGpu) for x in (q, k, v)))
-    assert calls == [(shared, 3, 3) if shared else (shared, 6, 6)]
+    assert calls == [(heads[0] != heads[1], *heads, heads[1])]
     torch.testing.assert_close(
         result.as_subclass(torch.Tensor), expected, rtol=1e-2, atol=1e-2 if dtype != "float32" else 1e-5
     )

@@ -404,7 +404,7 @@ def test_resume_bit_for_bit(lora, dtype, bits, long_base, tokenizer, chat_file, 
         danube3.save_checkpoint(tmp_path / "wide", random_model(wide), tokenizer)
         quantize.quantize_folder(tmp_path / "wide", long_base := tmp_path / "codes", quantize.layout(wide, bits), {})
     dtype = getattr(torch, dtype)
-    monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
+    monkeypatch.setattr(danube3, "compute_dtype", lambda device, name="auto": dtype)
     whole = start(tmp_path / "whole", long_base, tokenizer, chat_file, lora)
     assert whole.scaler.is_enabled() == (dtype == torch.float16)
     assert danube3.train(whole, 1e12) and whole.step == 10
@@ -452,7 +452,7 @@ def test_fp16_follows_fp32(long_base, tokenizer, chat_file, tmp_path, monkeypatc
     """The same losses to the precision of fp16. A loss scale that is too large is halved, and the weights stay."""
     losses = {}
     for dtype in (torch.float32, torch.float16):
-        monkeypatch.setattr(danube3, "compute_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(danube3, "compute_dtype", lambda device, name="auto", dtype=dtype: dtype)
         run_ = start(tmp_path / str(dtype), long_base, tokenizer, chat_file, 0)
         run_.resources.close()
         input_ids, labels = run_.data.batch(0)
@@ -494,7 +494,7 @@ def test_adapters_know_their_base(long_base, tokenizer, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lora_over_half_precision_to_the_end(dtype, long_base, chat_file, tmp_path, monkeypatch):
     """The whole command as on a GPU: train, merge, answer the quiz. The merged model has the type of the base."""
-    monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
+    monkeypatch.setattr(danube3, "compute_dtype", lambda device, name="auto": dtype)
     write_jsonl(tmp_path / "chat-quiz.jsonl", [{"messages": messages_of(TALKS[0])[:1], "answer": "Marrow"}])
     flags = ("--chat", chat_file, "--init", long_base, "--lora", 2, "--merge", tmp_path / "merged", "--batch-size", 1)
     with monkeypatch.context() as patch:  # `call` runs train.py against this very module

@@ -96,25 +96,29 @@ def test_bf16_and_blocks_of_logits(toy_data, tmp_path):
     those of one process, but for the rounding of bf16."""
     program = tmp_path / "as_on_gpus.py"
     program.write_text(
-        f"import runpy, sys, torch; sys.path.insert(0, {str(ROOT)!r}); import danube3\n"
-        "danube3.compute_dtype, danube3.LOGIT_TOKENS = lambda device: torch.bfloat16, 100\n"
+        f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import danube3\n"
+        "danube3.LOGIT_TOKENS = 100\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     losses = []
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        flags = ("--data", toy_data, "--tokens", "8k", "--micro-batch-size", 2, "--out", out)
+        flags = ("--data", toy_data, "--tokens", "8k", "--micro-batch-size", 2, "--out", out, "--dtype", "bfloat16")
         output = finish(start(processes, *flags, program=program))
         assert f"{processes} x cpu in bfloat16" in output, output
         losses.append([e["loss"] for e in steps_of(out)])
     assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=2e-3) and losses[1] != losses[0]
 
 
-@pytest.mark.parametrize("processes, micro_batch_size, checkpointing", [(2, 3, "off"), (4, 1, "on")])
-def test_processes_make_the_same_run(processes, micro_batch_size, checkpointing, alone, toy_data, tmp_path):
-    """With gradient accumulation, clipping and activation checkpointing; and the checkpoint is an ordinary one."""
+@pytest.mark.parametrize(
+    "processes, micro_batch_size, checkpointing, compiled",
+    [(2, 3, "off", False), (4, 1, "on", False), (2, 3, "off", True), (2, 2, "on", True)],
+)
+def test_processes_make_the_same_run(processes, micro_batch_size, checkpointing, compiled, alone, toy_data, tmp_path):
+    """With gradient accumulation, clipping and activation checkpointing, also compiled, which is the default on GPUs;
+    and the checkpoint is an ordinary one."""
     flags = ("--data", toy_data, *FLAGS, "--micro-batch-size", micro_batch_size, "--out", tmp_path / "run")
-    flags += ("--activation-checkpointing", checkpointing)
+    flags += ("--activation-checkpointing", checkpointing, "--compile" if compiled else "--no-compile")
     output = finish(start(processes, *flags))
     assert output.count("trainable parameters") == 1 and f"{processes} x cpu" in output
     same_curve(steps_of(tmp_path / "run"), steps_of(alone))
@@ -280,3 +284,73 @@ def test_processes_with_other_flags(toy_data, tmp_path):
 def test_resume_refuses_what_it_refuses_alone(alone, toy_data):
     line = one_line_error(call("train.py", "--data", toy_data, *FLAGS, "--out", alone))
     assert "already holds a run" in line
+
+
+def test_rank_0_says_when_time_is_up(alone, toy_data, tmp_path):
+    """Its clock alone counts. All ranks save after each step, and the run stays the same."""
+    program = tmp_path / "timed.py"
+    program.write_text(
+        f"import os, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import danube3\n"
+        "danube3.SAVE_SECONDS = -1 if os.environ['RANK'] == '0' else 1e9\n"
+        "save = danube3.Trainer.save\n"
+        "danube3.Trainer.save = lambda run: (save(run), print('saved', run.rank, run.step, flush=True))\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    out = tmp_path / "run"
+    output = finish(start(2, "--data", toy_data, *FLAGS, "--micro-batch-size", 2, "--out", out, program=program))
+    assert all(output.count(f"saved {rank} {step}\n") == 1 for rank in (0, 1) for step in range(1, 31)), output
+    same_curve(steps_of(out), steps_of(alone))
+    same_validation(out, alone)
+
+
+def test_each_rank_reads_its_own_sequences(toy_data, tmp_path):
+    program = tmp_path / "reads.py"
+    program.write_text(
+        f"import os, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import danube3\n"
+        "locate = danube3.StagedData.locate\n"
+        "def spy(data, step, index):\n"
+        f"    print(step, index, file=open({str(tmp_path)!r} + '/read-' + os.environ['RANK'], 'a'))\n"
+        "    return locate(data, step, index)\n"
+        "danube3.StagedData.locate = spy\n"
+        f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+    )
+    flags = ("--data", toy_data, "--tokens", "2k", "--out", tmp_path / "run")
+    assert "try: python" in finish(start(4, *flags, program=program))
+    for rank in range(4):
+        assert (tmp_path / f"read-{rank}").read_text() == "".join(
+            f"{step} {index}\n" for step in range(2) for index in (rank, rank + 4)
+        )
+
+
+def test_small_models_stay_whole_and_large_ones_are_freed(toy_data, tmp_path):
+    """Between forward and backward pass: layers keep their weights below FSDP_KEPT parameters. The norm stays fp32 in
+    a bf16 run. Either way the losses are those of one process."""
+    losses = []
+    for kept in (10**9, 0):
+        program = tmp_path / f"kept{kept}.py"
+        program.write_text(
+            f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import danube3, torch\n"
+            f"danube3.FSDP_KEPT = {kept}\n"
+            "block_loss = danube3.Danube3.block_loss\n"
+            "def spy(model, x, targets):\n"
+            "    layer = model.model.layers[0].mlp.up_proj.weight\n"
+            "    kept = not isinstance(layer, danube3.DTensor)\n"
+            "    if torch.is_grad_enabled():\n"
+            "        print('in the loss', kept, layer.dtype, model.lm_head.weight.dtype, flush=True)\n"
+            "    return block_loss(model, x, targets)\n"
+            "danube3.Danube3.block_loss = spy\n"
+            "norm = danube3.RMSNorm.forward\n"
+            "def spy_norm(module, x):\n"
+            "    assert x.dtype == torch.float32, x.dtype  # the residual stream\n"
+            "    return norm(module, x)\n"
+            "danube3.RMSNorm.forward = spy_norm\n"
+            f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        )
+        out = tmp_path / str(kept)
+        flags = ("--data", toy_data, "--tokens", "4k", "--out", out, "--dtype", "bfloat16")
+        output = finish(start(2, *flags, program=program))
+        lines = {line for line in output.splitlines() if line.startswith("in the loss")}
+        dtype = "torch.bfloat16" if kept else "torch.float32"  # a shard is stored in fp32
+        assert lines == {f"in the loss {bool(kept)} {dtype} torch.bfloat16"}, output
+        losses.append([e["loss"] for e in steps_of(out)])
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)

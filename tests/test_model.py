@@ -1,6 +1,7 @@
 """Model and generation against transformers, and the properties that no rewrite may break."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import TINY, random_model, transformers_model
 
 import danube3
 import sample
+import train
 
 WIDE = dataclasses.replace(danube3.CONFIGS["4b"], num_hidden_layers=2, vocab_size=1_000)  # 0.3 billion parameters
 
@@ -69,6 +71,14 @@ def test_rotary_survives_half_precision(dtype):
     assert model(torch.randint(0, 330, (1, 9))).dtype == torch.float32
 
 
+def hidden_states(model, ids, cache):
+    """Of `ids`, which the cache then holds too."""
+    cache.next_positions(ids.shape[1])
+    hidden = model.model(ids, cache)
+    cache.length += ids.shape[1]
+    return hidden
+
+
 @pytest.mark.parametrize("T", [1, 2, 7, 33])
 def test_cache_equals_no_cache(T):
     """A prompt read in any two parts, then token by token, gives the hidden states of the whole."""
@@ -77,15 +87,15 @@ def test_cache_equals_no_cache(T):
     for split in range(1, T + 1):
         cache = danube3.KVCache(TINY, 2, T + 3, torch.float64, ids.device)
         parts = [ids[:, :split], ids[:, split:T], *ids[:, T:].split(1, dim=1)]
-        hidden = torch.cat([model.model(part, cache) for part in parts if part.shape[1]], dim=1)
+        hidden = torch.cat([hidden_states(model, part, cache) for part in parts if part.shape[1]], dim=1)
         torch.testing.assert_close(hidden, whole, atol=1e-10, rtol=1e-6)
         assert cache.length == T + 3
     for count in (1, 2):  # a single token would fit any slice, even an empty one, and be lost without a word
-        with pytest.raises(RuntimeError, match=f"length .{T + 3 + count}. exceeds dimension size .{T + 3}."):
-            model.model(ids[:, :count], cache)
+        with pytest.raises((RuntimeError, IndexError), match="out of (range|bounds)"):
+            model.next_logits(ids[:, :count], cache)
     assert cache.length == T + 3
     short = danube3.KVCache(TINY, 2, T + 1, torch.float64, ids.device)
-    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+    with pytest.raises((RuntimeError, IndexError), match="out of (range|bounds)"):
         danube3.generate(model, ids[:, :T], 3, kv_cache=short)
 
 
@@ -115,8 +125,8 @@ def test_loss_in_blocks_is_the_loss(monkeypatch):
 
 def test_cache_holds_what_it_must_and_no_more():
     cache = danube3.KVCache(TINY, 3, 20, torch.float32, torch.device("cpu"))
-    assert cache.kv.shape == (2, 2, 3, 2, 20, 6) and cache.length == 0
-    assert {name for name, value in vars(cache).items() if torch.is_tensor(value)} == {"kv"}
+    assert [each.shape for each in (*cache.keys, *cache.values)] == [(3, 2, 20, 6)] * 4 and cache.length == 0
+    assert not any(torch.is_tensor(value) for value in vars(cache).values())
 
 
 def test_initial_weights():
@@ -237,7 +247,7 @@ def test_generation_goes_on_from_a_cache(kept, monkeypatch):
     model, prompts = random_model(TINY), torch.randint(3, 330, (2, 12))
     expected, lengths, forward = danube3.generate(model, prompts, 9), [], danube3.Decoder.forward
     cache = danube3.KVCache(TINY, 2, 24, torch.float32, prompts.device)
-    model.model(torch.cat([prompts[:, :kept], torch.randint(3, 330, (2, 3))], dim=1), cache)  # and something else
+    model.next_logits(torch.cat([prompts[:, :kept], torch.randint(3, 330, (2, 3))], dim=1), cache)  # and something else
     cache.length = kept
     monkeypatch.setattr(danube3.Decoder, "forward", lambda *args: lengths.append(args[1].shape[1]) or forward(*args))
     assert torch.equal(danube3.generate(model, prompts, 9, kv_cache=cache), expected)
@@ -245,8 +255,9 @@ def test_generation_goes_on_from_a_cache(kept, monkeypatch):
     assert lengths == [12 - kept] + [1] * (count - 1) and cache.length == 12 + count - 1
     monkeypatch.undo()
     whole = danube3.KVCache(TINY, 2, 24, torch.float32, prompts.device)
-    model.model(expected[:, :-1], whole)
-    torch.testing.assert_close(cache.kv[..., : cache.length, :], whole.kv[..., : cache.length, :])
+    model.next_logits(expected[:, :-1], whole)
+    for found, right in zip(cache.keys + cache.values, whole.keys + whole.values):
+        torch.testing.assert_close(found[:, :, : cache.length], right[:, :, : cache.length])
 
 
 @pytest.mark.parametrize("kept", [0, 3, 8, 11])
@@ -260,7 +271,7 @@ def test_a_conversation_keeps_what_its_cache_has_in_common_with_the_prompt(kept,
     if kept == 11:
         ids[:, kept] = read[:, kept]  # the cache holds the whole prompt
     session = sample.ChatSession(model, tokenizer, 9, temperature=0.0)
-    model.model(read, session.kv_cache)
+    model.next_logits(read, session.kv_cache)
     session.cached = read[0].tolist()
     expected, lengths, forward = danube3.generate(model, ids, 9)[0].tolist(), [], danube3.Decoder.forward
     monkeypatch.setattr(danube3.Decoder, "forward", lambda *args: lengths.append(args[1].shape[1]) or forward(*args))
@@ -288,3 +299,133 @@ def test_a_tiny_temperature_is_the_likeliest_token():
     logits = 50 * torch.randn(4, 9)
     probabilities = danube3.next_token_probabilities(logits, 1e-38)
     assert torch.equal(probabilities, torch.nn.functional.one_hot(logits.argmax(-1), 9).float())
+
+
+# ------------------------------------------------------------------------------------------------------- static shapes
+
+
+def test_static_shapes_change_nothing():
+    """Attention over a power of two of positions, with a mask, is attention over those that are filled."""
+    config = dataclasses.replace(TINY, max_position_embeddings=600)
+    model, ids = random_model(config, dtype=torch.float64), torch.randint(0, 330, (2, 262))
+    whole = model(ids)
+    cache = danube3.KVCache(config, 2, 600, torch.float64, ids.device)
+    for each in cache.keys + cache.values:
+        each[:, :, 262:] = torch.randn_like(each[:, :, 262:])  # an empty place may hold anything
+    model.next_logits(ids[:, :250], cache)
+    sizes = []
+    for t in range(250, 262):
+        cache.next_positions(1, static=True)
+        sizes.append(cache.size)
+        logits = model.last_logits(ids[:, t : t + 1], cache)
+        cache.length += 1
+        torch.testing.assert_close(logits, whole[:, t], rtol=1e-5, atol=1e-5)
+    assert sizes == [256] * 6 + [512] * 6
+    cache.length = 512
+    cache.next_positions(1, static=True)
+    assert cache.size == 600
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not danube3.has_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_compiled_decoding_is_plain_decoding(bits):
+    """One graph for each power of two, no break, the same tokens; also for another sequence, and quantized."""
+    config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=64, head_dim=16, max_position_embeddings=600)
+    model, prompts = random_model(config), torch.randint(3, 330, (2, 250))
+    for name, linear in list(model.named_modules()):
+        if bits and isinstance(linear, torch.nn.Linear):
+            codes, scales = danube3.round_to_nearest(linear.weight.detach(), bits)
+            quantized = danube3.QuantizedLinear(linear.out_features, linear.in_features, bits)
+            quantized.load_state_dict({"weight_packed": danube3.pack(codes, bits), "weight_scale": scales})
+            model.set_submodule(name, quantized)
+    model.stop_ids = []
+    expected = danube3.generate(model, prompts[:1], 15), danube3.generate(model, prompts[1:], 3)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_decoding()
+    assert torch.equal(danube3.generate(model, prompts[:1], 15), expected[0])
+    assert torch.equal(danube3.generate(model, prompts[1:], 3), expected[1])
+    for length in (3, 9, 14):  # one token of a prompt is left, in another memory layout each time
+        cache = danube3.KVCache(config, 1, 600, torch.float32, prompts.device)
+        with torch.no_grad():
+            model.next_logits(prompts[:1, : length - 1], cache)
+        danube3.generate(model, prompts[:1, :length], 2, kv_cache=cache)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert danube3.generate(model, prompts, 3).shape == (2, 253)  # several sequences: not compiled
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_the_kind_of_gpu_is_a_constant_of_compiled_code(monkeypatch):
+    capability = types.SimpleNamespace(untraceable=iter([(9, 0)]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(capability.untraceable))
+    device, x = torch.device("cuda"), torch.ones(3)
+    train.compile_model(random_model(TINY))  # says so
+    compiled = torch.compile(lambda x: x + 1 if danube3.is_recent_gpu(device) else x, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), x + 1) and not danube3.is_recent_gpu(torch.device("cpu"))
+
+
+def test_a_norm_casts_once_under_autocast():
+    """The linear layers that read a norm get the same bf16 tensor; without autocast nothing is cast."""
+    model, ids, seen = random_model(TINY), torch.randint(3, 330, (1, 8)), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            model(ids)
+        attention, mlp = "model.layers.1.self_attn.", "model.layers.1.mlp."
+        assert seen[attention + "q_proj"] is seen[attention + "k_proj"] is seen[attention + "v_proj"]
+        assert seen[mlp + "gate_proj"] is seen[mlp + "up_proj"]
+        assert {seen[name].dtype for name in seen} == {dtype}
+
+
+def test_the_cache_stays_where_it_is_for_a_cuda_graph():
+    """Inputs that a compiled pass changes must be marked, or no CUDA graph is made. Only the token and its position
+    come from another place each time."""
+    model, kinds = random_model(TINY), []
+
+    def backend(graph, inputs):
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                tensor = node.meta["tensor_dict"]
+                kinds.append(tensor.get("_dynamo_static_input_type"))
+        return graph
+
+    torch._dynamo.reset()
+    model.compiled_step = torch.compile(model.last_logits, fullgraph=True, dynamic=False, backend=backend)
+    danube3.generate(model, torch.randint(3, 330, (1, 5)), 4)
+    weights = len(list(model.parameters()))
+    assert kinds.count("unguarded") == weights + 2 * TINY.num_hidden_layers and kinds.count(None) == 2
+
+
+@pytest.mark.parametrize(
+    "wish, device, config, expected",
+    [
+        (None, "cuda", "500m", True),
+        (None, "cuda", "toy", False),
+        (None, "cpu", "500m", False),
+        (True, "cpu", "toy", True),
+    ],
+)
+def test_what_is_compiled(wish, device, config, expected, monkeypatch):
+    """By default large models on GPUs; where there is no compiler, nothing, unless one asks for it."""
+    arguments = torch.device(device), danube3.CONFIGS[config]
+    for found in (True, False):
+        monkeypatch.setattr(danube3, "has_compiler", lambda found=found: found)
+        assert danube3.shall_compile(wish, *arguments) == (expected and (found or wish is not None))
+        assert danube3.shall_compile(False, *arguments) is False
+
+
+def test_what_torch_compile_needs(monkeypatch):
+    for path, gpu, triton, expected in (
+        ("/bin/g++", False, False, True),
+        ("/bin/g++", True, True, True),
+        ("/bin/g++", True, False, False),
+        (None, True, True, False),
+    ):
+        monkeypatch.setattr(danube3.shutil, "which", lambda name, path=path: path)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("torch.utils._triton.has_triton", lambda triton=triton: triton)
+        assert danube3.has_compiler() == expected

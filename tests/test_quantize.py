@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from conftest import TINY, call, one_line_error, random_model
 from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import danube3
@@ -339,6 +340,60 @@ def test_the_fast_product_of_4_bits():
     linear.make_fast()
     assert linear.fast
     check_product(linear, packed, scales, 2e-2)
+
+
+def test_the_fast_product_of_4_bits_on_a_gpu(monkeypatch):
+    """A GPU is simulated: PyTorch's functions get what they document (the first of two codes in the high half of a
+    byte, w = (code - 8) * scale + zero), for a few rows. More rows are dequantized, and `weight` stays."""
+
+    class OnGpu(torch.Tensor):
+        device = property(lambda self: torch.device("cuda"))
+
+    def kernel(x, packed, group, scales_and_zeros):
+        assert x.dtype == scales_and_zeros.dtype == torch.bfloat16 and x.is_contiguous() and group == 32
+        codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1).float() - 8  # [out, in]
+        scales, zeros = scales_and_zeros.float().repeat_interleave(group, dim=0).unbind(-1)  # 2 x [in, out]
+        calls.append(len(x))
+        return x @ (codes * scales.T + zeros.T).bfloat16().T
+
+    calls = []
+    packed, scales = quantize_weight(some_weight(48, 256), 4)
+    linear = quantized_linear(packed.clone(), scales)
+    for name, buffer in list(linear.named_buffers()):
+        setattr(linear, name, torch.nn.Buffer(buffer.as_subclass(OnGpu)))
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda codes, tiles: codes)
+    monkeypatch.setattr(torch, "_weight_int4pack_mm", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    linear.make_fast()
+    assert not linear.fast
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    linear.make_fast()
+    assert linear.fast
+    for rows in (1, 16):
+        x = torch.randn(rows, 256)
+        y = linear(x.as_subclass(OnGpu)).as_subclass(torch.Tensor)
+        expected = reference.quantized_matmul(x.numpy(), packed.numpy(), scales.numpy())
+        assert np.abs(y.numpy() - expected).max() < 2e-2 * np.abs(expected).max()
+    assert calls == [1, 16]
+    monkeypatch.setattr(danube3.DequantizedMatmul, "apply", lambda x, packed, scales: (len(x), packed, scales))
+    assert linear(torch.randn(17, 256).as_subclass(OnGpu)) == (17, linear.weight_packed, linear.weight_scale)
+    assert torch.equal(linear.weight_packed.as_subclass(torch.Tensor), packed)
+    narrow = quantized_linear(*quantize_weight(some_weight(48, 96), 4))  # the kernel takes multiples of 128
+    narrow.weight_packed = torch.nn.Buffer(narrow.weight_packed.as_subclass(OnGpu))
+    narrow.make_fast()
+    assert not narrow.fast
+
+
+def test_the_fast_product_of_4_bits_fits_pytorchs_shapes(monkeypatch):
+    """PyTorch checks shapes and types of its own functions on GPUs that are not there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode(), torch.device("cuda"):
+        linear = danube3.QuantizedLinear(1536, 4096, 4)
+        linear.make_fast()
+        assert linear.fast and set(linear.state_dict()) == {"weight_packed", "weight_scale"}
+        for rows in (1, 16):
+            y = linear(torch.empty(1, rows, 4096, dtype=torch.bfloat16, device="cuda"))
+            assert y.shape == (1, rows, 1536) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
 
 
 def test_the_fast_product_of_8_bits():

@@ -22,7 +22,7 @@ from conftest import ROOT, TINY, NoData, call, digest, one_line_error, random_mo
 
 import danube3
 import train
-from data.read import TokenData
+from data.read import TokenData, pick_dtype
 
 SMALL = ("--tokens", "20480", "--device", "cpu")  # 20 steps of 1,024 tokens: 10, 5 and 5 in the three stages
 
@@ -342,7 +342,7 @@ def test_the_plan_of_500m():
 @pytest.mark.slow
 def test_bf16_runs_keep_fp32_masters(toy_data, tmp_path, monkeypatch):
     """As on a GPU, with this CPU computing in bf16: published in bf16, and a resumed run goes on from fp32."""
-    monkeypatch.setattr(danube3, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(danube3, "compute_dtype", lambda device, name="auto": torch.bfloat16)
     config, training, save = danube3.CONFIGS["toy"], toy_config(save_every=4), danube3.Trainer.save
     data = TokenData(toy_data, config, training.sequence_length)
     batches = danube3.StagedData(data, training)
@@ -532,11 +532,10 @@ def test_a_skipped_step_leaves_weights_and_moments():
 
 
 @pytest.mark.parametrize("dtype", danube3.DTYPES.values(), ids=str)
-def test_the_peak_is_measured_in_bounded_time(dtype, monkeypatch):
+def test_the_peak_is_measured_in_bounded_time(dtype):
     """In every type: a CPU without fp16 needs 42 s for one product of 2,048 x 2,048."""
-    monkeypatch.setattr(danube3, "compute_dtype", lambda device: dtype)
     start = time.monotonic()
-    peak = train.measure_matmul_peak(torch.device("cpu"))
+    peak = train.measure_matmul_peak(torch.device("cpu"), dtype)
     assert time.monotonic() - start < 3
     a = torch.ones(128, 128, dtype=dtype)
     small = min(timeit.repeat(lambda: a @ a, number=1, repeat=20))
@@ -620,3 +619,109 @@ def test_milestones():
     data = SimpleNamespace(total_steps=11, stage=lambda step: "one" if step < 6 else "two")
     runs = [SimpleNamespace(step=step, data=data, config=SimpleNamespace(save_every=4)) for step in range(12)]
     assert [run.step for run in runs if danube3.Trainer.is_milestone(run)] == [0, 4, 6, 8, 11]
+
+
+# -------------------------------------------------------------------------------------- types, time, compiled functions
+
+
+def test_a_save_by_time_changes_nothing(undisturbed, toy_data, tmp_path, monkeypatch):
+    """A checkpoint after each step, because time is up: the same weights and metrics, and the last one is kept."""
+    saved, save = [], danube3.Trainer.save
+    monkeypatch.setattr(danube3, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr(danube3.Trainer, "save", lambda run_: saved.append(run_.step) or save(run_))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "danube3", danube3)
+        assert call(*command(toy_data, tmp_path / "run")[1:]).returncode == 0
+    assert saved == list(range(1, 21))
+    assert losses(tmp_path / "run") == losses(undisturbed[0])
+    assert final_weights(tmp_path / "run") == final_weights(undisturbed[0])
+
+
+def test_time_is_counted_from_the_last_save(tmp_path, tokenizer, monkeypatch):
+    run_ = danube3.Trainer(tmp_path, random_model(TINY), tokenizer, NoData())
+    clock = iter(range(100, 200))
+    monkeypatch.setattr(danube3.time, "monotonic", lambda: next(clock))
+    run_.save()
+    assert run_.saved_at == 100
+    run_.resources.close()
+
+
+@pytest.mark.parametrize(
+    "wish, capabilities, config, expected",
+    [
+        ("auto", {"avx512_bf16": True}, "500m", "bfloat16"),
+        ("auto", {"amx_bf16": True, "avx512_bf16": False}, "4b", "bfloat16"),
+        ("auto", {"avx512_f": True}, "500m", "float32"),
+        ("auto", {"avx512_bf16": True}, "toy", "float32"),  # its figures are everyone's
+        ("float32", {"avx512_bf16": True}, "500m", "float32"),
+        ("float16", {}, "toy", "float16"),
+        ("bfloat16", {}, "toy", "bfloat16"),
+        ("auto", None, "500m", "float32"),  # a torch that does not know
+    ],
+)
+def test_the_type_of_products(wish, capabilities, config, expected, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    if capabilities is not None:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    name = pick_dtype(wish, cpu, danube3.CONFIGS[config])
+    assert danube3.compute_dtype(cpu, name) == danube3.DTYPES[expected]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    name = pick_dtype(wish, gpu, danube3.CONFIGS[config])  # what CPUs can do does not count
+    assert danube3.compute_dtype(gpu, name) == danube3.DTYPES["float16" if wish == "auto" else wish]
+
+
+def test_the_type_is_part_of_the_run(toy_data, tmp_path):
+    """--dtype bfloat16: other losses than in fp32, a checkpoint in bf16, and no going on in another type."""
+    out = tmp_path / "run"
+    flags = ("--tokens", "4096", "--dtype", "bfloat16")
+    result = call(*command(toy_data, out, *flags)[1:])
+    assert result.returncode == 0 and "1 x cpu in bfloat16" in result.stdout
+    assert danube3.read_json(danube3.find_checkpoint(out) / "config.json")["torch_dtype"] == "bfloat16"
+    line = one_line_error(call(*command(toy_data, out, "--tokens", "4096", "--resume")[1:]))
+    assert "was made with another dtype (torch.bfloat16)" in line
+    assert call(*command(toy_data, out, *flags, "--resume")[1:]).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_loss_is_compiled_too(monkeypatch):
+    """Also in blocks, which the backward pass computes again: the same gradients, and no logits in fp32 are kept."""
+    config, ids = dataclasses.replace(TINY, vocab_size=1_000), torch.randint(0, 1_000, (4, 16))
+    for tokens in (4_096, 24):
+        monkeypatch.setattr(danube3, "LOGIT_TOKENS", tokens)
+        gradients = []
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            model = random_model(config)
+            for layer in model.model.layers if compiled else ():
+                layer.compile = lambda: None  # only the loss
+            if compiled:
+                train.compile_model(model)
+            model(ids, ids).backward()
+            assert bool(torch._dynamo.utils.counters["frames"]) == compiled
+            assert not torch._dynamo.utils.counters["graph_break"]
+            gradients.append([p.grad for p in model.parameters()])
+        for first, second in zip(*gradients):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_compiled_where_there_is_no_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(danube3, "has_compiler", lambda: False)
+    model = random_model(TINY)
+    train.compile_model(model)
+    assert "no C++ compiler found" in capsys.readouterr().out
+    assert model.block_loss.__func__ is danube3.Danube3.block_loss
+
+
+def test_lengths_on_a_gpu_are_multiples_of_64(monkeypatch):
+    """There each length costs: kernels are chosen, and code is compiled. The width of the batch is the limit."""
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    for width, expected in ((200, [128, 64, 192]), (150, [128, 64, 150])):
+        ids = torch.zeros(3, width, dtype=torch.long)
+        labels = torch.full_like(ids, danube3.IGNORE_INDEX)
+        for row, last in zip(labels, (64, 63, 130)):  # lengths 65, 64, 131
+            row[last] = 5
+        parts = list(danube3.micro_batches(ids, labels, 1, torch.device("cuda")))
+        assert [part.shape[1] for pair in parts for part in pair] == [n for n in expected for _ in "ab"]
