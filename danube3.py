@@ -355,7 +355,6 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     `is_causal` aligns with the first key instead (10000, 11000), right only for S = T."""
     T, (K, S), groups = q.shape[2], k.shape[1:3], q.shape[1] // k.shape[1]
     if mask is None and T == S and q.device.type != "mps":  # is_causal is wrong there in some versions
-        # On CUDA only FlashAttention, which has no fp32, can share heads.
         # enable_gqa copies nothing. On CUDA only FlashAttention can, which has no fp32.
         share = q.device.type != "cuda" or (q.dtype != torch.float32 and is_recent_gpu(q.device))
         if not share:
@@ -615,7 +614,7 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)  # seed(): a random one
     end = min(T + max_new_tokens, context)
-    limit = context if model.compiled_step else end  # compiled for one size
+    limit = context if model.compiled_step and B == 1 else end  # compiled for one size
     kv_cache = kv_cache or KVCache(model.config, B, limit, model.dtype, device)
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -1515,7 +1514,7 @@ class DequantizedMatmul(torch.autograd.Function):
 def int8_matvec(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """W x for one vector. x [in], uint8 [out, in], [out, in/32] -> [out], in fp32.
     Compiled, this is one loop that never stores W. Halves of a group are added first: an instruction
-    handles 16 numbers, so the scale is multiplied once."""
+    (AVX-512) handles 16 numbers, so the scale is multiplied once."""
     halves = codes.unflatten(1, (-1, 2, 16)).float() - 128  # [out, in/32, 2, 16]
     lanes = (halves * x.float().view(-1, 2, 16)).sum(2)  # [out, in/32, 16]
     return (lanes * scales.float()[..., None]).sum((1, 2))

@@ -338,7 +338,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=list(danube3.DTYPES), help="type of the weights [as stored]")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the pass of one "
-                        "token: it takes a minute, then decodes faster [on GPUs, but for small models]")
+                        "token: slow to start, faster afterwards [on GPUs, but for small models]")
     parser.add_argument("--chat", action="store_true", help="chat: each line of standard input is a question")
     parser.add_argument("--eval", metavar="PATH", help="evaluate on questions (.jsonl, .json), a text file "
                         "(perplexity) or a data folder (loss of each source)")
