@@ -293,7 +293,7 @@ def test_rank_0_says_when_time_is_up(alone, toy_data, tmp_path):
         f"import os, runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import danube3\n"
         "danube3.SAVE_SECONDS = -1 if os.environ['RANK'] == '0' else 1e9\n"
         "save = danube3.Trainer.save\n"
-        "danube3.Trainer.save = lambda run: (save(run), print('saved', run.rank, run.step, flush=True))\n"
+        "danube3.Trainer.save = lambda run: (save(run), os.write(1, b'saved %d %d\\n' % (run.rank, run.step)))\n"
         f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
     )
     out = tmp_path / "run"
@@ -329,14 +329,14 @@ def test_small_models_stay_whole_and_large_ones_are_freed(toy_data, tmp_path):
     for kept in (10**9, 0):
         program = tmp_path / f"kept{kept}.py"
         program.write_text(
-            f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import danube3, torch\n"
+            f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r}); import danube3, os, torch\n"
             f"danube3.FSDP_KEPT = {kept}\n"
             "block_loss = danube3.Danube3.block_loss\n"
             "def spy(model, x, targets):\n"
             "    layer = model.model.layers[0].mlp.up_proj.weight\n"
             "    kept = not isinstance(layer, danube3.DTensor)\n"
             "    if torch.is_grad_enabled():\n"
-            "        print('in the loss', kept, layer.dtype, model.lm_head.weight.dtype, flush=True)\n"
+            "        os.write(1, f'in the loss {kept} {layer.dtype} {model.lm_head.weight.dtype}\\n'.encode())\n"
             "    return block_loss(model, x, targets)\n"
             "danube3.Danube3.block_loss = spy\n"
             "norm = danube3.RMSNorm.forward\n"
