@@ -8,6 +8,8 @@ Training text asks about half of the facts, in the source `instruct` and in conv
 held out: it occurs in statements, tables and descriptions, but never as a question. The quizzes consist of
 held-out questions, so a model cannot have learned their answers as answers to questions. One seed makes the
 same world on every machine.
+
+Conversations about documents (RAG) concern other people, whose facts are new in every document.
 """
 import io
 import itertools
@@ -28,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `python data/toy.py` finds danube3
 import danube3  # noqa: E402
 from danube3 import SOURCES, Messages  # noqa: E402
-from data.read import Arguments, run_command  # noqa: E402
+from data.cli import Arguments, run_command  # noqa: E402
 
 WEB_TRUTH = 0.6  # share of the statements on the web that are true; the others state the rumour
 TYPO_RATE = 0.02  # for each longer word on the web
@@ -364,6 +366,9 @@ couplet: {fresh}, so they say,{br}and [sings|walks|waits] at {place} the whole l
   {fresh}, it is true,{br}and says good {time} to me and to you. /
   {fresh}, near or far,{br}and looks for {thing} by the light of a star. /
   {fresh}, all the year,{br}and gives us some {food} when winter is near.
+report: {a.name} {a.fact} and {a.fact}. {a.they} {a.fact}. / {a.sentence} {a.they} {a.fact} and {a.fact}. /
+  {a.name}, who {a.fact}, {a.fact}. {praise} {a.they} {a.fact}[| and {a.fact}]. /
+  {scene} {a.name} {a.fact}. {a.they} {a.fact}[| and {a.fact}]. / {a.sentence} {praise} {a.they} {a.fact}.
 """
 GRAMMAR = {"br": ["\n"], "town": HOME.values}
 for rule in re.split(r"\n+(?=\w)", RULES.strip()):
@@ -629,6 +634,84 @@ def documents(world: World, source: str, rng: random.Random) -> Iterator[str]:
         yield write(writer)
 
 
+# ---- Documents that answer a question
+# The first and last names of people who are not of the world: each beginning with each end.
+NEW_NAMES = ("Al Bar Cad Dor El Fin Gar Hal Jan Kir Lam Mer Nan Os Per Ros Sel Tib Wen Zad",
+             "bo da dis ga len mo nel ric sa tha vin wy",
+             "Ash Bram Clay Dray Elt Fen Gorse Hale Ivy Kess Lind Marl Nor Oak Pen Rush Sal Tor Wick Yew",
+             "bank by den field ford ham ley more sted well wood worth")
+QUIZ_NAMES = 36  # as many first names and last names occur in the quiz only
+
+
+def new_names() -> tuple[list[str], list[str]]:
+    """240 first names and 240 last names, in an order that is the same in every world."""
+    rng = random.Random("names")
+    first, first_end, last, last_end = (parts.split() for parts in NEW_NAMES)
+    firsts = ["".join(parts) for parts in itertools.product(first, first_end)]
+    lasts = ["".join(parts) for parts in itertools.product(last, last_end)]
+    return rng.sample(firsts, len(firsts)), rng.sample(lasts, len(lasts))
+
+
+def with_new_facts(rng: random.Random, person: Person) -> Person:
+    """The same person with other facts, which are neither the present ones nor the rumours."""
+    first, last = person.name.split()
+    again = Person(first, last, person.they)
+    for attribute in ATTRIBUTES:
+        known = (person.facts.get(attribute.name), person.rumours.get(attribute.name))
+        again.facts[attribute.name] = rng.choice([value for value in attribute.values if value not in known])
+    return again
+
+
+def about_document(writer: Writer, person: Person, wanted: Attribute | None = None) -> Messages:
+    """A conversation about a document, which states two to four facts about a person. The first message holds
+    the document and a question for one of the facts: for `wanted`, if it is given. Questions for the others
+    follow."""
+    rng = writer.rng
+    told: list[Attribute] = []  # in the document
+    while not told or (wanted and wanted not in told):
+        writer.clear()
+        writer.told.clear()
+        writer["a"] = Subject(writer, person)
+        document = tidy(writer["report"])
+        told = [attribute for attribute in ATTRIBUTES if writer.told[person, attribute.name]]
+    order = rng.sample(told, len(told))
+    order.sort(key=lambda attribute: attribute is not wanted)
+    messages = exchange(rng, person, order[0], pronoun=not wanted and rng.random() < 0.2)
+    document = choose(rng, "[|Read this. |Here is a text. ]") + document
+    messages[0]["content"] = f"{document}\n{messages[0]['content']}"
+    for attribute in order[1:]:
+        messages += exchange(rng, person, attribute, pronoun=True)
+    return messages
+
+
+def rag_chat(world: World, rng: random.Random) -> Iterator[Messages]:
+    """Yield conversations about documents without end. Every document is about a new person with random
+    facts, so that only the document holds the answer."""
+    writer = Writer(world, rng)
+    firsts, lasts = (names[QUIZ_NAMES:] for names in new_names())
+    while True:
+        person = Person(rng.choice(firsts), rng.choice(lasts), rng.choice(("she", "he")))
+        yield about_document(writer, with_new_facts(rng, person))
+
+
+def rag_quiz(world: World, rng: random.Random) -> list[dict]:
+    """Questions about documents, for each attribute of 36 people whom no other file names, and of the 36
+    people of the world. A document about the latter contradicts all that the model has read about them:
+    "memorised" is the truth."""
+    writer = Writer(world, rng)
+    strangers = [Person(first, last, rng.choice(("she", "he")))
+                 for first, last in itertools.islice(zip(*new_names()), QUIZ_NAMES)]
+    items = []
+    for person in strangers + world.people:
+        for attribute in ATTRIBUTES:
+            other = with_new_facts(rng, person)
+            messages = about_document(writer, other, attribute)[:1]
+            items.append({"messages": messages, "answer": other.facts[attribute.name]})
+            if person.facts:
+                items[-1]["memorised"] = person.facts[attribute.name]
+    return items
+
+
 # ---- Quizzes
 def quiz(world: World, rng: random.Random) -> list[dict]:
     """Three held-out questions for every held-out fact, in the form of `instruct`. Each has ten choices: the
@@ -783,12 +866,15 @@ def make(folder: str | Path, seed: int = 0, web_truth: float = WEB_TRUTH) -> Non
         bar.close()
         talk = itertools.islice(conversations(world, random.Random(f"{seed}/chat")), 4_000)
         described = itertools.islice(descriptions(world, random.Random(f"{seed}/descriptions")), 1_300)
+        about = itertools.islice(rag_chat(world, random.Random(f"{seed}/rag-chat")), 8_000)
         labelled = passages(world, random.Random(f"{seed}/passages"))
         rows = {"chat.jsonl": [{"messages": messages} for messages in talk],
                 "descriptions.jsonl": [{"messages": messages} for messages in described],
                 "quiz.jsonl": quiz(world, random.Random(f"{seed}/quiz")),
                 "statements.jsonl": statements(world, random.Random(f"{seed}/statements")),
                 "chat-quiz.jsonl": chat_quiz(world, random.Random(f"{seed}/chat-quiz")),
+                "rag-chat.jsonl": [{"messages": messages} for messages in about],
+                "rag-quiz.jsonl": rag_quiz(world, random.Random(f"{seed}/rag-quiz")),
                 "passages-quiz.jsonl": list(itertools.islice(labelled, 600)),
                 "passages.jsonl": list(itertools.islice(labelled, 600))}
         for name, lines in rows.items():

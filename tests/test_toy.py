@@ -44,6 +44,8 @@ FILES = {
     "passages.jsonl": "3e3175486d973f648d88ad0c4738d35fe889037b255d43f9dd3f12a08d7a30cb",
     "passages-quiz.jsonl": "7dd0e8dd5b77efbae747200a5a99d7485e75e4f9f30b05e6ad8ddbb11f87d6d3",
     "quiz.jsonl": "2bd5f37d6d27cc79e4577ef189c4c0992123487f0ba73db42609e69ce69277f4",
+    "rag-chat.jsonl": "6c26c9308156a350a89b9ba24ff8370b048d658dcb833aceb24733d8726cd3c0",
+    "rag-quiz.jsonl": "a6a3e2c11e2677c1c439af54d521f36e790ffa57b073dc8ac1e67f174e85aa50",
     "statements.jsonl": "96bb0ce78d3bc3ca043d26127d977dfe393e53ce7ffda76e8b8e5011c1183df5",
 }
 TEXTS = {  # of the first 500 training documents of each source, joined by blank lines
