@@ -59,7 +59,7 @@ def require(condition: object, message: str) -> None:
         raise DanubeError(message)
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:  # turns errors into one line that names the path
+def reading(path: Path) -> Iterator[None]:  # errors become one line with the path
     try:
         pointer = path.is_file() and path.open("rb").read(15) == b"version https:/"
         require(not pointer, f"{path} is a Git-LFS pointer: run `git lfs pull`, or download the file")
@@ -173,6 +173,9 @@ CONFIGS = {
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=2,
         num_key_value_heads=1, head_dim=64, initializer_range=0.04, vocab_size=1_024,
         max_position_embeddings=256),
+    "60m": DanubeConfig(  # [ours] the proportions of 500m
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=10, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, initializer_range=0.02, max_position_embeddings=2_048),
     "500m": DanubeConfig(  # [paper]
         hidden_size=1536, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=16,
         num_key_value_heads=8, head_dim=96, initializer_range=0.02),
@@ -182,14 +185,13 @@ CONFIGS = {
 }
 # The totals 4T and 6T are [paper]. The stage lengths are from memory, unchecked.
 TRAIN_CONFIGS = {
-    "toy": TrainConfig(
-        stages=three_stages(0.9e6, 0.45e6, 0.45e6), sequence_length=128, batch_size=8, micro_batch_size=8,
-        learning_rate=3e-3, warmup_fraction=0.04, beta2=0.99, save_every=400),
-    "500m": TrainConfig(
-        stages=three_stages(2.8e12, 1.15e12, 0.05e12), sequence_length=8_192, batch_size=256,
+    "toy": TrainConfig(stages=three_stages(0.9e6, 0.45e6, 0.45e6), sequence_length=128, batch_size=8,
+        micro_batch_size=8, learning_rate=3e-3, warmup_fraction=0.04, beta2=0.99, save_every=400),
+    "60m": TrainConfig(stages=three_stages(1.05e9, 0.43e9, 0.02e9), sequence_length=2_048, batch_size=64,
+        micro_batch_size=8, learning_rate=1e-3, final_lr_fraction=0.01),
+    "500m": TrainConfig(stages=three_stages(2.8e12, 1.15e12, 0.05e12), sequence_length=8_192, batch_size=256,
         micro_batch_size=4, learning_rate=4e-4, final_lr_fraction=0.01),
-    "4b": TrainConfig(
-        stages=three_stages(4.6e12, 1.35e12, 0.05e12), sequence_length=8_192, batch_size=512,
+    "4b": TrainConfig(stages=three_stages(4.6e12, 1.35e12, 0.05e12), sequence_length=8_192, batch_size=512,
         micro_batch_size=1, learning_rate=2e-4, final_lr_fraction=0.01),
 }
 
@@ -289,7 +291,7 @@ def render_chat(messages: Messages, tokenizer: Tokenizer,
                 f"a message needs a text and the role user or assistant, but this is {message}")
         ids = tokenizer.encode(f"{CHAT_MARKERS[role]}{content}") + [tokenizer.sp.eos_id()]
         start = len(ids)
-        if role == "assistant":  # not len(marker): a token such as ">=" may join it and the text
+        if role == "assistant":  # not len(marker): a token ">=" may join it and the text
             start = first_difference(tokenizer.encode(CHAT_MARKERS[role]), ids)
         input_ids += ids
         labels += [IGNORE_INDEX] * start + ids[start:]
@@ -302,8 +304,7 @@ def render_chat(messages: Messages, tokenizer: Tokenizer,
 #
 # RMSNorm keeps inputs of branches at similar magnitudes. Rotary embedding makes the order of
 # tokens matter. Attention lets tokens read from each other. SwiGLU makes the MLP nonlinear:
-# without it, its layers collapse into one. tests/reference.py has all of this section in
-# NumPy.
+# without it, its layers collapse into one. tests/reference.py has this section in NumPy.
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / sqrt(mean(x^2) + eps), over the last dimension. [.., D], [D] -> [.., D]
@@ -354,7 +355,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     0 .. S - T + t. Two new tokens after three cached ones (T = 2, S = 5) attend to 11110 and 11111.
     `is_causal` aligns with the first key instead (10000, 11000), right only for S = T."""
     T, (K, S), groups = q.shape[2], k.shape[1:3], q.shape[1] // k.shape[1]
-    if mask is None and T == S and q.device.type != "mps":  # is_causal is wrong there in some versions
+    if mask is None and T == S and q.device.type != "mps":  # is_causal can be wrong there
         # enable_gqa copies nothing. On CUDA only FlashAttention can, which has no fp32.
         share = q.device.type != "cuda" or (q.dtype != torch.float32 and is_recent_gpu(q.device))
         if not share:
@@ -394,17 +395,16 @@ class KVCache:
                  device: torch.device):
         self.length, self.static = 0, False
         shape = batch_size, config.num_key_value_heads, max_length, config.head_dim
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = list(map(torch.zeros_like, self.keys))
 
     def next_positions(self, count: int, static: bool = False) -> None:
-        """Make room for the next `count` tokens, before each pass. Compiled code fits one shape, so with
+        """Make room for `count` tokens, before each pass. Compiled code fits one shape, so with
         **static shapes** attention reads a power of two of positions, and a mask hides empty ones."""
         end = self.length + count
         self.positions = torch.arange(self.length, end, device=self.keys[0].device)  # [T]
         if static and not self.static:
-            for buffer in self.keys + self.values:  # a CUDA graph must know that they stay where they are
+            for buffer in self.keys + self.values:  # CUDA graphs need fixed addresses
                 torch._dynamo.mark_static_address(buffer, guard=False)
         self.size, self.static = end, static
         if static:
@@ -507,7 +507,8 @@ class Danube3(nn.Module):
     def __init__(self, config: DanubeConfig):
         super().__init__()
         self.config, self.stop_ids = config, [config.eos_token_id]  # generation ends at any stop id
-        self.compiled_step: Any = None
+        self.compiled_step: Any = None  # compiled by data/cli.py
+        self.task: dict[str, Any] = {}  # how it classifies texts: data/classify.py
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # untied [paper]
 
@@ -558,21 +559,12 @@ class Danube3(nn.Module):
     def next_logits(self, input_ids: Tensor, kv_cache: KVCache) -> Tensor:  # [B, T] -> [B, V]
         static = self.compiled_step is not None and input_ids.shape == (1, 1)
         kv_cache.next_positions(input_ids.shape[1], static)
-        if static:  # in one layout, or it is compiled again; a CUDA graph overwrites its output
+        if static:  # one layout, or it is compiled again; CUDA graphs overwrite outputs
             logits = self.compiled_step(input_ids.view(1)[:, None], kv_cache).clone()
         else:
             logits = self.last_logits(input_ids, kv_cache)
         kv_cache.length += input_ids.shape[1]
         return logits
-
-    def compile_decoding(self) -> None:
-        """Compile the pass of one token. A **CUDA graph** starts all its kernels at once."""
-        options: Any = None
-        if self.device.type == "cuda":  # the second fuses dequantization with products
-            options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-        torch._dynamo.config.recompile_limit = 64  # one for each power of two
-        self.compiled_step = torch.compile(
-            self.last_logits, fullgraph=True, dynamic=False, options=options)
 
 # ==== 5. Sampling ====
 #
@@ -612,9 +604,9 @@ def generate_tokens(model: Danube3, input_ids: Tensor, max_new_tokens: int, temp
     (B, T), context, device = input_ids.shape, model.config.max_position_embeddings, input_ids.device
     require(1 <= T <= context, f"a prompt of {T} tokens does not fit: use 1 to {context}")
     generator = torch.Generator(device)
-    generator.seed() if seed is None else generator.manual_seed(seed)  # seed(): a random one
+    generator.seed() if seed is None else generator.manual_seed(seed)
     end = min(T + max_new_tokens, context)
-    limit = context if model.compiled_step and B == 1 else end  # compiled for one size
+    limit = context if model.compiled_step and B == 1 else end
     kv_cache = kv_cache or KVCache(model.config, B, limit, model.dtype, device)
     input_ids = input_ids[:, kv_cache.length:]
     ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -648,8 +640,7 @@ def generate(model: Danube3, input_ids: Tensor, max_new_tokens: int, **sampling:
 # into the next document, and so does attention [ours].
 #
 # Which blocks make up step 1,234,567? A **pure function of the step** says so: no state must
-# be saved, and the number of GPUs may change. mixture_pattern distributes sequences among
-# sources, permuted_index shuffles the blocks of a source.
+# be saved, and the number of GPUs may change.
 
 VALIDATION_SEQUENCES = 32  # [ours] of each source
 MAX_EPOCHS = 100  # [ours] of a source
@@ -753,12 +744,11 @@ class StagedData:
 #     w = w - lr (m' / (sqrt(v') + eps) + weight_decay w)
 
 def make_optimizer(model: Danube3, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW. Only matrices decay: norm weights need not be near zero."""
+    """Only matrices decay: norm weights need not be near zero."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     norms = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, config.learning_rate, (config.beta1, config.beta2), config.adam_eps,
+    optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), config.adam_eps,
         config.weight_decay, fused=True)  # one pass over memory
     for p in matrices + norms:  # made now, for a checkpoint to fill
         optimizer.state[p] = {"step": torch.zeros((), device=p.device),
@@ -808,7 +798,7 @@ def use_activation_checkpointing(model: Danube3) -> None:
 # moment. Before a layer computes, its weights are collected (all-gather), and later freed (reshard).
 # Gradients are averaged, and each process keeps its part (reduce-scatter).
 
-FSDP_KEPT = 10**9  # [ours] parameters; smaller models keep all weights until the backward pass
+FSDP_KEPT = 10**9  # [ours] parameters; smaller models keep weights until the backward pass
 
 def rank_and_world_size() -> tuple[int, int]:
     if dist.is_initialized():
@@ -828,7 +818,7 @@ def shard_model(model: Danube3, device: torch.device, dtype: torch.dtype) -> Dan
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     mesh = dist.init_device_mesh(device.type, (world_size,))
-    require(dtype != torch.float16, "several GPUs need bf16, and these have fp16 only: train on one")
+    require(dtype != torch.float16, "several GPUs need bf16, not fp16: train on one")
     weights = model.state_dict() if rank == 0 else {}
     model.to("meta")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -849,7 +839,7 @@ def sequence_lengths(labels: Tensor) -> Tensor:
 
 def micro_batches(input_ids: Tensor, labels: Tensor, size: int, device: torch.device) -> Iterator[Batch]:
     """Split sequences [N, T] into micro-batches of at most `size`, each as short as possible. On
-    GPUs to a multiple of 64: kernels and compiled code are chosen anew for each length."""
+    GPUs to a multiple of 64: kernels are chosen, and code is compiled, for each length."""
     multiple = 64 if device.type == "cuda" else 1
     for ids, own_labels in zip(input_ids.split(size), labels.split(size)):
         length = -(-max(1, int(sequence_lengths(own_labels).amax())) // multiple) * multiple
@@ -933,7 +923,7 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise DanubeError(f"{path} is in use by another program: wait, or use another") from error
+        raise DanubeError(f"{path} is in use by another program: wait for it") from error
     except OSError:
         pass  # a network disk without locks
     try:
@@ -959,11 +949,11 @@ def verify_checksums(folder: Path, largest: float = math.inf, skip: str = ".json
             continue
         with reading(path):
             same = path.is_file() and (path.stat().st_size > largest or file_sha256(path) == checksum.lower())
-            require(same, f"{path} is missing or damaged, says SHA256SUMS: copy the folder again (or "
-                    "remove the line there if you changed the file)")
+            require(same, f"{path} is missing or damaged, says SHA256SUMS: copy it again (or "
+                    "remove the line there if you changed it)")
 
 @contextlib.contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:  # a temporary one, renamed to `folder` on success
+def atomic_folder(folder: Path) -> Iterator[Path]:  # NAME.partial, renamed on success
     require(not folder.exists(), f"{folder} already exists: remove it, or use another")
     partial = Path(f"{folder}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -999,7 +989,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 def read_config(folder: Path) -> DanubeConfig:
-    """Read config.json. Danube3 computes FIXED only: other values are refused."""
+    """Danube3 computes FIXED only: other values are refused."""
     path = folder / "config.json"
     with reading(path):
         raw = read_json(path)
@@ -1020,19 +1010,20 @@ def read_config(folder: Path) -> DanubeConfig:
                 values[field.name] = value
         return DanubeConfig(**values)
 
-def read_stop_ids(folder: Path, config: DanubeConfig) -> list[int]:  # one or more, to end a text
+def read_stop_ids(folder: Path, config: DanubeConfig) -> list[int]:  # which end a text
     ids = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = ids or read_json(folder / "config.json").get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     return [i for i in ids if type(i) is int] or [config.eos_token_id]
 
-def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:  # which must fit the model
+def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:  # it must fit the model
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    model_file = folder / "tokenizer.model"
     settings, added = read_json(path), read_json(folder / "added_tokens.json")
     fast = read_json(folder / "tokenizer.json")  # transformers' own form
-    require((folder / "tokenizer.model").is_file(), f"{folder}/tokenizer.model is missing (transformers 5 "
-            "saves tokenizer.json only): copy it from the model's first folder")
-    tokenizer = Tokenizer(folder / "tokenizer.model", "<s>" in str(fast.get("post_processor", "<s>")))
+    require(model_file.is_file(), f"{model_file} is missing (transformers 5 saves tokenizer.json only): "
+            "copy the original model's")
+    tokenizer = Tokenizer(model_file, "<s>" in str(fast.get("post_processor", "<s>")))
     if settings.get("add_bos_token") is not None:
         tokenizer.add_bos = bool(settings["add_bos_token"])
     tokenizer.chat_template = settings.get("chat_template") or CHAT_TEMPLATE
@@ -1041,7 +1032,7 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:  # which mu
             tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
     special = (tokenizer.sp.bos_id(), tokenizer.sp.eos_id())
     fits = special == (config.bos_token_id, config.eos_token_id) and tokenizer.vocab_size <= config.vocab_size
-    require(fits, f"{folder}/tokenizer.model has more tokens, or other ids of <s>, </s>: use the model's")
+    require(fits, f"{model_file} has more tokens, or other ids of <s>, </s>: use the model's")
     with reading(path):
         pad = settings.get("pad_token")
         if isinstance(pad, dict):
@@ -1054,7 +1045,7 @@ def read_tokenizer(folder: Path, config: DanubeConfig) -> Tokenizer:  # which mu
         for token, token_id in added.items():
             known = token_id < tokenizer.vocab_size and tokenizer.sp.id_to_piece(token_id) == token
             known |= token == pad and token not in used  # for padding only, in no text
-            require(known, f"{folder}/tokenizer.model lacks {token!r}: use the model's")
+            require(known, f"{model_file} lacks {token!r}: use the model's")
     return tokenizer
 
 def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: torch.dtype,
@@ -1072,6 +1063,8 @@ def write_settings(folder: Path, model: Danube3, tokenizer: Tokenizer, dtype: to
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>",
         "model_max_length": config.max_position_embeddings, "chat_template": tokenizer.chat_template})
     (folder / "tokenizer.model").write_bytes(tokenizer.content)
+    if model.task:
+        write_json(folder / "task.json", model.task)
 
 def save_checkpoint(folder: Path, model: Danube3, tokenizer: Tokenizer,
                     dtype: torch.dtype = torch.float32) -> None:
@@ -1084,13 +1077,13 @@ def require_weights(path: Path) -> None:
     found = [*path.parent.glob("*.bin"), *path.parent.glob("*.pt*"), *path.parent.glob("*.safetensors")]
     names = ", ".join(map(os.path.basename, found)) or "nothing else"
     require(path.is_file(), f"{path} is missing. Found: {names:.150}. Pickle files (.bin) can run code: "
-            "open such a model with transformers or peft, and write it with save_pretrained")
+            "convert them with transformers or peft (save_pretrained)")
 
-def read_weights(folder: Path) -> Tensors:  # all, from one file or those that an index names
+def read_weights(folder: Path) -> Tensors:  # of one file, or all in an index
     files, index, weight_map = ["model.safetensors"], folder / "model.safetensors.index.json", {}
     if not index.is_file():
         require_weights(folder / files[0])
-    elif (folder / files[0]).is_file():  # as in transformers
+    elif (folder / files[0]).is_file():
         print(f"{index} is ignored: {files[0]} is there", file=sys.stderr)
     else:
         with reading(index):
@@ -1102,7 +1095,7 @@ def read_weights(folder: Path) -> Tensors:  # all, from one file or those that a
         for name, weight in read_tensors(folder / file).items():
             old_copy = weight_map.get(name, file) != file
             name = name.replace("_orig_mod.", "").removeprefix("module.")  # torch.compile, DDP
-            if old_copy or name.endswith(("rotary_emb.inv_freq", ".weight_shape")):  # known constants
+            if old_copy or name.endswith(("rotary_emb.inv_freq", ".weight_shape")):
                 continue
             readable = weight.is_floating_point() and weight.itemsize > 1
             if name.endswith(".weight_packed"):  # int32 on disk: the same bytes
@@ -1110,7 +1103,7 @@ def read_weights(folder: Path) -> Tensors:  # all, from one file or those that a
             elif name.endswith(".weight_scale"):
                 readable = weight.dtype == torch.float16
             require(readable, f"{folder}: {name} is {weight.dtype}, which is not read here: quantize the "
-                    "original model anew (python quantize.py MODEL --bits 4 --out NEW)")
+                    "original model anew")
             weights[name] = weight
     ends = {"lm_head.weight", "model.embed_tokens.weight"}
     stored = ends & weights.keys()
@@ -1126,23 +1119,33 @@ def is_finite(tensor: Tensor) -> bool:  # smallest and largest suffice: a NaN ma
     return tensor.numel() == 0 or tensor.is_meta or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 def checkpoints_in(out: Path) -> list[Path]:  # complete ones, oldest first
-    found = [path for path in out.glob("step-*") if path.name[5:].isdecimal()]  # no .partial
+    found = [path for path in out.glob("step-*") if path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
+def download(name: str) -> Path:  # from the Hugging Face Hub, or its cache, to a folder
+    try:
+        from huggingface_hub import snapshot_download
+        files = ["*.json", "*.jinja", "tokenizer.model", "*model*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:
+        raise DanubeError(f"{name}: no folder, no download (needs huggingface_hub): {error}") from error
+
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` if it is a checkpoint, otherwise the newest in it."""
+    """`path` if it is a checkpoint, else the newest in it, or a published model of this name."""
     path = Path(path)
+    if len(path.parts) == 2 and path.parts[0] != "out" and not path.parent.exists():
+        path = download(path.as_posix())
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return path
     found = checkpoints_in(path)
-    require(found, f"{path} does not exist, or is no checkpoint and holds none: use another")
+    require(found, f"{path} does not exist, or is no checkpoint and holds none")
     return found[-1]
 
 SAVE_SECONDS = 1_800  # [ours] at most, between checkpoints
 MAX_SKIPPED_STEPS = 20  # [ours] in a row; fp16's scaler needs up to 16
 
 class Trainer:
-    """A training run, and how far it has come. `base` is the folder of the first weights."""
+    """A training run. `base` is the folder of the first weights."""
     def __init__(self, out: Path, model: Danube3, tokenizer: Tokenizer, data: "StagedData | ChatData",
                  resume: bool = False, base: Path | None = None, device: torch.device | None = None):
         self.out, self.tokenizer, self.data, self.base = out, tokenizer, data, base
@@ -1151,15 +1154,15 @@ class Trainer:
         self.step, self.tokens, self.skipped = 0, 0, 0
         self.saved_at, self.dtype = time.monotonic(), compute_dtype(self.device, self.config.dtype)
         self.lora = not model.model.norm.weight.requires_grad
-        self.run_config = json.loads(json.dumps({  # no tuples
+        self.run_config = json.loads(json.dumps({
             **asdict(model.config), **asdict(self.config), **data.fingerprint,
             "save_every": 1, "micro_batch_size": 1,  # may change
             "dtype": str(self.dtype), "base": base and weights_sha256(base)}))
         found = checkpoints_in(out)
         require(found or not resume, f"nothing to resume: {out} holds no checkpoint")
         require(resume or not found, f"{out} already holds a run: add --resume, or use another --out")
-        self.resources = contextlib.ExitStack()  # open files and locks
-        if self.world_size > 1:  # the ranks wait longer for a checkpoint than for a collective call
+        self.resources = contextlib.ExitStack()
+        if self.world_size > 1:  # a checkpoint may take long
             self.save_group = dist.new_group(timeout=timedelta(hours=2))
         if self.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -1176,7 +1179,7 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 yield f"weights.{name}", parameter.detach()
-                for key, tensor in self.optimizer.state[parameter].items():  # step, exp_avg, exp_avg_sq
+                for key, tensor in self.optimizer.state[parameter].items():
                     yield f"{key}.{name}", tensor
 
     def save(self) -> None:
@@ -1193,7 +1196,7 @@ class Trainer:
         if self.world_size > 1:
             dist.barrier(self.save_group)  # wait: torchrun kills rank 0 when another ends by Ctrl-C
 
-    def remove_old(self) -> None:  # checkpoints; renamed first: half a folder must not look whole
+    def remove_old(self) -> None:  # renamed first: half a folder must not look whole
         for old in checkpoints_in(self.out)[:-1]:
             old.rename(Path(f"{old}.partial"))
         for leftover in self.out.glob("step-*.partial"):
@@ -1219,7 +1222,7 @@ class Trainer:
                 "log_lines": (self.out / "metrics.jsonl").read_bytes().count(b"\n"),
                 "scaler": self.scaler.state_dict(), "run_config": self.run_config})
 
-    def resume(self) -> None:  # from the newest checkpoint, of any number of processes
+    def resume(self) -> None:  # from the newest checkpoint
         folder = checkpoints_in(self.out)[-1]
         if self.rank == 0:
             verify_checksums(folder)
@@ -1241,7 +1244,7 @@ class Trainer:
             full = stored[name].to(self.device)
             require(full.shape == tensor.shape and is_finite(full), f"{folder}: {name} does not fit this run")
             if isinstance(tensor, DTensor):
-                full = distribute_tensor(full, tensor.device_mesh, tensor.placements)  # a collective call
+                full = distribute_tensor(full, tensor.device_mesh, tensor.placements)
             tensor.copy_(full)
         if self.rank == 0:  # later lines will be logged again
             lines = (self.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -1284,7 +1287,7 @@ class Trainer:
         if self.rank == 0:
             tqdm.write(text)
 
-    def is_milestone(self) -> bool:  # then train saves and validates
+    def is_milestone(self) -> bool:  # then save and validate
         last, stage = self.step == self.data.total_steps, self.data.stage
         return last or self.step % self.config.save_every == 0 or stage(self.step) != stage(self.step - 1)
 
@@ -1311,8 +1314,8 @@ def train(run: Trainer, peak_flops: float, interrupts: Sized = ()) -> bool:
 
 # ==== 10. Fine-tuning ====
 #
-# **Supervised fine-tuning** (SFT) on conversations teaches a base model to answer. Only the
-# batches are new. **LoRA** (arXiv 2106.09685) freezes all weights and trains a **low-rank
+# **Supervised fine-tuning** (SFT) on conversations teaches a base model to answer.
+# **LoRA** (arXiv 2106.09685) freezes all weights and trains a **low-rank
 # update** of each linear layer in the decoder [ours]. Its gradients and moments are small. On a
 # quantized base this is **QLoRA** (arXiv 2305.14314).
 
@@ -1336,7 +1339,7 @@ class ChatData:
         encoded, lost = [], 0  # sequences [2, T]; answers that end too late
         for messages in tqdm(conversations, "encode", leave=False, disable=None):
             sequence = np.array(render_chat(messages, tokenizer), np.int32)
-            ends = np.flatnonzero(sequence[1] == tokenizer.sp.eos_id()) + 1  # of the answers
+            ends = np.flatnonzero(sequence[1] == tokenizer.sp.eos_id()) + 1
             fitting = ends[ends <= context]
             lost += len(ends) - len(fitting)
             if len(fitting):
@@ -1381,14 +1384,15 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
         y = self.base_layer(x)
-        update = self.scale * self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
-        return y + update.to(y.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.lora_A.weight.dtype)
+        return y + (self.scale * self.lora_B(self.lora_A(x))).to(y.dtype)
 
 def decoder_linears(model: Danube3) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if name.endswith("_proj")}
 
 def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
-    """Freeze the model and add adapters. lora_A starts random, lora_B at 0, so they change nothing
+    """Freeze the model and add adapters. lora_A starts random, lora_B at 0, so nothing changes
     at first. Norms and the residual stream become fp32."""
     model.requires_grad_(False)
     for module in model.modules():
@@ -1403,7 +1407,7 @@ def add_lora(model: Danube3, rank: int, seed: int) -> Danube3:
     return model
 
 PEFT_PREFIX = "base_model.model."  # of tensor names in peft's files
-# If one of these fields is set, peft computes otherwise.
+# With one of these, peft computes otherwise.
 NOT_PLAIN = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
              "alora_invocation_tokens", "trainable_token_indices", "layer_replication", "lora_bias")
 
@@ -1418,10 +1422,16 @@ def write_adapters(folder: Path, model: Danube3, weights: Tensors, base: Path, b
     (folder / "base.sha256").write_text(f"{base_sha256}\n")  # peft ignores it
     tensors = {PEFT_PREFIX + name: weight for name, weight in weights.items()}
     write_tensors(folder / "adapter_model.safetensors", tensors)
+    if model.task:
+        write_json(folder / "task.json", model.task)
 
-def adapter_base(folder: Path) -> Path:  # the checkpoint they were trained on
-    base = Path(str(read_json(folder / "adapter_config.json").get("base_model_name_or_path")))
-    require((base / "config.json").is_file(), f"{folder} holds adapters to {base}: put that checkpoint there")
+def adapter_base(folder: Path, moved: str | Path | None) -> Path:  # the checkpoint they were trained on
+    name = moved or str(read_json(folder / "adapter_config.json").get("base_model_name_or_path"))
+    try:
+        base = find_checkpoint(name)
+    except DanubeError as error:
+        raise DanubeError(f"{folder} holds adapters to a base elsewhere (give --base): {error}") from error
+    require((base / "config.json").is_file(), f"{folder}: its base {base} holds adapters too: use --merge")
     sha256 = folder / "base.sha256"
     same = not sha256.is_file() or sha256.read_text(errors="replace").strip() == weights_sha256(base)
     require(same, f"{folder} holds adapters to other weights than those in {base}: put the old ones back")
@@ -1438,7 +1448,7 @@ def load_adapters(model: Danube3, folder: Path) -> Danube3:  # with the folder's
         config = read_json(path)
         plain = config["peft_type"] == "LORA" and not any(map(config.get, NOT_PLAIN))
         plain &= config.get("init_lora_weights") in (None, True, False, "gaussian", "eva", "orthogonal")
-        require(plain, f"{path} is not plain LoRA: merge those adapters into their base with peft")
+        require(plain, f"{path} is not plain LoRA: merge those adapters with peft")
         rank, alpha = config["r"], config["lora_alpha"]
         require(type(rank) is int and 0 < rank < 2**16 and math.isfinite(alpha),
                 f"{path}: r or lora_alpha is wrong")
@@ -1497,13 +1507,15 @@ def unpack(packed: Tensor, bits: int) -> Tensor:  # uint8 [.., in bits/8] -> [..
 def dequantize(packed: Tensor, scales: Tensor) -> Tensor:
     """uint8 [.., in bits/8] and scales [.., in/32] -> fp32 [.., in]. Their sizes tell the bits."""
     bits = 8 * packed.shape[-1] // (GROUP * scales.shape[-1])
-    values = unpack(packed, bits).unflatten(-1, (-1, GROUP)).float() - 2 ** (bits - 1)  # [.., in/32, 32]
-    return (values * scales.float()[..., None]).flatten(-2)
+    values = unpack(packed, bits).unflatten(-1, (-1, GROUP)).float()  # [.., in/32, 32]
+    values -= 2 ** (bits - 1)  # in place: the head's are large
+    values *= scales.float()[..., None]
+    return values.flatten(-2)
 
 class DequantizedMatmul(torch.autograd.Function):
     """x W^T for a quantized W. The backward pass dequantizes again instead of storing W."""
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:  # [.., in] -> [.., out]
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         ctx.save_for_backward(packed, scales)
         return F.linear(x, dequantize(packed, scales).to(x.dtype))
 
@@ -1513,8 +1525,8 @@ class DequantizedMatmul(torch.autograd.Function):
 
 def int8_matvec(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """W x for one vector. x [in], uint8 [out, in], [out, in/32] -> [out], in fp32.
-    Compiled, this is one loop that never stores W. Halves of a group are added first: an instruction
-    (AVX-512) handles 16 numbers, so the scale is multiplied once."""
+    Compiled, this is one loop that never stores W. An AVX-512 instruction handles 16
+    numbers, so the halves of a group are added first."""
     halves = codes.unflatten(1, (-1, 2, 16)).float() - 128  # [out, in/32, 2, 16]
     lanes = (halves * x.float().view(-1, 2, 16)).sum(2)  # [out, in/32, 16]
     return (lanes * scales.float()[..., None]).sum((1, 2))
@@ -1529,19 +1541,13 @@ def has_compiler() -> bool:  # what torch.compile needs: a C++ compiler, and Tri
     found = shutil.which(os.environ.get("CXX", usual)) is not None
     return found and (has_triton() or not torch.cuda.is_available())
 
-def shall_compile(wish: bool | None, device: torch.device, config: DanubeConfig) -> bool:
-    if wish is None:  # then large models on GPUs [ours]
-        return device.type == "cuda" and count_parameters(config) > 10**8 and has_compiler()
-    return wish
-
 class QuantizedLinear(nn.Module):
     """A linear layer as packed codes, uint8 [out, in bits/8], and scales, fp16 [out, in/32]."""
     def __init__(self, out_features: int, in_features: int, bits: int):
         super().__init__()
         self.out_features, self.in_features, self.bits = out_features, in_features, bits
-        packed = torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8)
-        scales = torch.empty(out_features, in_features // GROUP, dtype=torch.float16)
-        self.weight_packed, self.weight_scale = nn.Buffer(packed), nn.Buffer(scales)
+        self.weight_packed = nn.Buffer(torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8))
+        self.weight_scale = nn.Buffer(torch.empty(out_features, in_features // GROUP, dtype=torch.float16))
         self.fast = False
 
     @property
@@ -1549,10 +1555,9 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.weight_packed, self.weight_scale)
 
     def make_fast(self) -> None:
-        """Prepare for decoding, where that is possible.
-        8 bits: on CPUs large matrices take the compiled int8_matvec. 4 bits: kernels of PyTorch round
-        inputs and scales to bf16, give no gradients, and need codes in other orders. So on CPUs
-        `weight` is lost. On GPUs a copy is made, for products of a few tokens."""
+        """Prepare for decoding. 8 bits: on CPUs large matrices take the compiled int8_matvec. 4 bits:
+        PyTorch's kernels round inputs and scales to bf16, give no gradients, and need codes in other
+        orders. So on CPUs `weight` is lost. On GPUs a copy is made, for products of a few tokens."""
         device = self.weight_packed.device
         if self.bits == 8:
             self.fast = device.type == "cpu" and self.weight_packed.numel() >= 2**18 and has_compiler()
@@ -1591,7 +1596,7 @@ def use_quantized_modules(model: Danube3, weights: Tensors) -> Danube3:
         if kind == "weight_packed":
             linear: Any = model.get_submodule(module)
             bits = 8 * packed.shape[1] // linear.in_features
-            require(bits in (4, 8), f"{name} has {bits} bits per weight, not 4 or 8")
+            require(bits in (4, 8), f"{name} has {bits} bits, not 4 or 8")
             model.set_submodule(module, QuantizedLinear(linear.out_features, linear.in_features, bits))
     return model
 
@@ -1631,8 +1636,8 @@ def round_to_nearest(weight: Tensor, bits: int, importance: Tensor | float = 1.0
     [out, in] -> codes uint8 [out, in], scales fp16 [out, in/32]"""
     if bits == 8:
         return quantize_int8(weight)
-    groups = weight.float().unflatten(1, (-1, GROUP))  # [out, in/32, 32]
-    scales = torch.cat([search_scales(rows, importance) for rows in groups.split(64)])  # parts fit in caches
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    scales = torch.cat([search_scales(rows, importance) for rows in groups.split(64)])
     return nearest_codes(groups, scales[..., None], 4).flatten(1), scales
 
 def calibrate(weight: Tensor, hessian: Tensor, bits: int, sweeps: int = 4,
@@ -1674,29 +1679,31 @@ def default_dtype(raw: dict[str, Any], widest: torch.dtype, device: torch.device
     return dtype
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-                    fast: bool = False) -> tuple[Danube3, Tokenizer]:
+                    fast: bool = False, base: str | Path | None = None) -> tuple[Danube3, Tokenizer]:
     """Open a checkpoint. -> model in eval mode, in `dtype` (default: config.json's), and tokenizer.
-    `fast` prepares a quantized model for decoding."""
+    `fast` prepares a quantized model for decoding. `base`: where the base of adapters is now."""
     folder = find_checkpoint(path)
     verify_checksums(folder, skip="training_state")
     if (folder / "adapter_config.json").is_file():
         require(not (folder / "model.safetensors").is_file(),
-                f"{folder} holds adapters and a whole model: move one to another folder")
-        model, tokenizer = load_checkpoint(adapter_base(folder), device, dtype, fast)
+                f"{folder} holds adapters and a whole model: move one away")
+        model, tokenizer = load_checkpoint(adapter_base(folder, base), device, dtype, fast)
+        model.task = read_json(folder / "task.json")
         return load_adapters(model, folder).eval(), tokenizer
+    require(not base, f"--base is for adapters, and {folder} has none")
     config, weights = read_config(folder), read_weights(folder)
     with torch.device("meta"), reading(folder):  # shapes without memory
         model = use_quantized_modules(Danube3(config), weights)
         widest = functools.reduce(torch.promote_types, {weight.dtype for weight in weights.values()})
     dtype = dtype or default_dtype(read_json(folder / "config.json"), widest, torch.device(device))
     for name, weight in weights.items():
-        # copy: a mapped file's alignment can change a product's last bits
+        # copy: a mapped file's alignment can change last bits
         weights[name] = weight.to(device, dtype if name.endswith("weight") else None, copy=True)
         require(is_finite(weights[name]),
                 f"{folder}: {name} is not finite as {dtype}: use another type, or older weights")
     with reading(folder):
         model.load_state_dict(weights, assign=True)
-    model.stop_ids = read_stop_ids(folder, config)
+    model.stop_ids, model.task = read_stop_ids(folder, config), read_json(folder / "task.json")
     for module in model.modules():
         if fast and isinstance(module, QuantizedLinear):
             module.make_fast()

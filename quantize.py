@@ -17,7 +17,8 @@ from tqdm import tqdm
 import danube3
 import sample
 from danube3 import GROUP, Danube3, DanubeConfig, DanubeError, Tokenizer, reading, require
-from data.read import Arguments, TokenData, pick_device, positive, read_text, run_command
+from data import cli
+from data.read import TokenData, read_text
 
 Codes = dict[str, tuple[Tensor, Tensor]]  # codes and scales of linear layers, by name
 LinearInputs = list[tuple[list[str], Callable[[Tensor], Tensor]]]
@@ -30,8 +31,7 @@ def sample_sequences(data: str | Path, tokenizer: Tokenizer, config: DanubeConfi
     """About `count` sequences [N, T] to calibrate ("train") or measure ("val") with.
 
     They come evenly from all sources of a data folder, or from a text file, whose last tenth is "val". T is
-    half of the context, at most 2,048 [ours].
-    """
+    half of the context, at most 2,048 [ours]."""
     length = min(config.max_position_embeddings // 2, 2_048)
     if Path(data).is_dir():
         folder = TokenData(data, config, length, tokenizer)
@@ -60,8 +60,7 @@ def linears_and_inputs(layer: danube3.DecoderLayer, table: tuple[Tensor, Tensor]
 
     Nearly all queries read the keys and values of a few tokens, above all of the first. Errors there cost
     most, but a plain Hessian counts each token once. So k_proj and v_proj count a token as often as it is
-    attended to [ours; arXiv 2406.13474 derives a finer weighting].
-    """
+    attended to [ours; arXiv 2406.13474 derives a finer weighting]."""
     attention, mlp = layer.self_attn, layer.mlp
 
     def weighted_by_attention(x: Tensor) -> Tensor:
@@ -94,8 +93,7 @@ def calibrate_model(model: Danube3, sequences: Tensor, bits: dict[str, int],
     """Quantize linear layers and head with calibration sequences [N, T]. -> name: (codes, scales)
 
     `bits` is a layout. The model is overwritten with quantized values. A layer is calibrated on outputs of
-    the quantized layers before it, so it makes up for their errors too. One layer at a time visits `device`.
-    """
+    the quantized layers before, so it makes up for their errors too. One layer is on `device` at a time."""
     decoder, done = model.model, Codes()
     for name, weight in model.named_parameters():
         check_quantizable(name, weight)
@@ -134,8 +132,7 @@ def layout(config: DanubeConfig, bits: int) -> dict[str, int]:
     """The bits of each linear layer and of the head [ours; tests/README.md says what was tried].
 
     At 4 bits, the first and the last decoder layer (of 8 or more) keep 8 bits: errors cost most there. Layers
-    that vLLM fuses (q, k and v; gate and up) have the same bits.
-    """
+    that vLLM fuses (q, k and v; gate and up) have the same bits."""
     last = config.num_hidden_layers - 1
     ends = ("model.layers.0.", f"model.layers.{last}.") if last >= 7 else ()
     table = {**dict.fromkeys(danube3.decoder_linears(Danube3.new(config, 0, "meta")), bits), "lm_head": 8}
@@ -187,6 +184,7 @@ def empty_model(source: Path) -> Danube3:
     with torch.device("meta"), reading(source):
         model = danube3.use_quantized_modules(Danube3(config), danube3.read_weights(source))
     model.stop_ids = danube3.read_stop_ids(source, config)
+    model.task = danube3.read_json(source / "task.json")
     return model
 
 def quantize_folder(source: Path, out: Path, bits: dict[str, int], done: Codes,
@@ -194,8 +192,7 @@ def quantize_folder(source: Path, out: Path, bits: dict[str, int], done: Codes,
     """Quantize a checkpoint into the folder `out`, tensor by tensor. -> a row for each
 
     `bits` is a layout. What is not in `done`, from calibrate_model, is rounded to nearest. The embedding
-    stays as it is, in bf16, because other programs cannot look up packed rows.
-    """
+    stays as it is, in bf16, because other programs cannot look up packed rows."""
     danube3.verify_checksums(source)
     require(source.resolve() != out.with_name(f"{out.name}.partial").resolve(),
             f"{out} would be written in {source} first: choose another place")
@@ -266,8 +263,8 @@ def gguf_tensors(source: Path, names: Any) -> Iterator[tuple[str, np.ndarray, st
         module, _, kind = name.rpartition(".")
         if kind == "weight":
             tensor = tensor.float() if tensor.dim() == 1 else tensor.half()
-        require(danube3.is_finite(tensor),
-                f"{source}: {name} is not finite in fp16: take an earlier checkpoint")
+        finite = danube3.is_finite(tensor)
+        require(finite, f"{source}: {name} is not finite in fp16: take an earlier checkpoint")
         parts[module][kind] = interleave_heads(name, tensor, model.config)
         if module == "model.embed_tokens" and bits < 16:  # llama.cpp can look up packed rows
             codes, scales = danube3.quantize_int8(tensor) if bits == 8 else danube3.quantize_int4(tensor)
@@ -333,8 +330,8 @@ def write_gguf(source: Path, path: Path) -> None:
         import gguf
     except ImportError as error:
         raise DanubeError("writing GGUF needs the package gguf: pip install gguf") from error
-    require(path.parent.is_dir() and not path.is_dir(),
-            f"{path} is a folder, or lies in none that exists: name a file")
+    usable = path.parent.is_dir() and not path.is_dir()
+    require(usable, f"{path} is a folder, or lies in none that exists: name a file")
     danube3.verify_checksums(source)
     model, partial = empty_model(source), path.with_name(f"{path.name}.partial")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
@@ -388,12 +385,12 @@ def compare(folders: dict[str, Path], data: str) -> None:
 # ---- The program
 
 def arguments() -> argparse.Namespace:
-    parser = Arguments(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint, an output directory, or a published Danube3 folder")
+    parser = cli.Arguments(__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint, an output directory, or a published model")
     parser.add_argument("--bits", type=int, choices=[8, 4], help="bits of a weight")
     parser.add_argument("--out", type=Path, help="the folder to write")
     parser.add_argument("--calibrate", metavar="DATA", help="quantize with token shards or a text file")
-    parser.add_argument("--samples", type=positive, help="calibrate with about this many sequences [512]")
+    parser.add_argument("--samples", type=cli.positive, help="calibrate with about this many sequences [512]")
     parser.add_argument("--report", metavar="DATA", help="compare bf16, int8 and int4 on its validation part")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="write a GGUF file for llama.cpp")
     parser.add_argument("--device", help="where to calibrate: auto, cpu, cuda, cuda:1, mps [auto]")
@@ -422,7 +419,7 @@ def quantize(source: Path, out: Path, bits: int, args: argparse.Namespace) -> li
     if args.calibrate and bits == args.bits:  # not for the other lines of a report
         model, tokenizer = danube3.load_checkpoint(source)
         sequences = sample_sequences(args.calibrate, tokenizer, model.config, "train", args.samples or 512)
-        done = calibrate_model(model, sequences, own_bits, pick_device(args.device or "auto"))
+        done = calibrate_model(model, sequences, own_bits, cli.pick_device(args.device or "auto"))
     return quantize_folder(source, out, own_bits, done)
 
 def main() -> None:
@@ -447,4 +444,4 @@ def main() -> None:
     print(f"try: python sample.py {args.out}")
 
 if __name__ == "__main__":
-    run_command(main)
+    cli.run_command(main)

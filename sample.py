@@ -9,6 +9,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from tqdm import tqdm
 
 import danube3
 from danube3 import Danube3, DanubeError, Tokenizer, require
-from data.read import Arguments, TokenData, check_turns, pick_device, read_jsonl, read_text, run_command
+from data import classify
+from data.cli import Arguments, pick_device, prepare_decoding, run_command
+from data.read import Table, TokenData, check_turns, read_rows, read_text, table_suffix
 
 # ---- Chat
 
@@ -27,8 +30,7 @@ class ChatSession:
     """A conversation with a model. When the context is full, the oldest exchanges are dropped.
 
     The ids that the model read and wrote are kept, not only their text. So the next prompt begins with
-    them, and the cache still holds them. An answer that was cut gets the </s> that it lacks.
-    """
+    them, and the cache still holds them. An answer that was cut gets the </s> that it lacks."""
 
     def __init__(self, model: Danube3, tokenizer: Tokenizer, max_new_tokens: int, **sampling: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -91,8 +93,7 @@ def sliding_windows(ids: list[int], context: int, stride: int) -> tuple[Tensor, 
     """A long text as input_ids and labels, 2 x [N, context], in windows that move on by `stride`.
 
     Every token but the first is a target once, after at least context - stride tokens where there are that
-    many. Of ten ids, with context 4 and stride 2, the targets are 1 2 3, 4 5, 6 7, 8 9.
-    """
+    many. Of ten ids, with context 4 and stride 2, the targets are 1 2 3, 4 5, 6 7, 8 9."""
     windows = []
     for start in range(0, max(1, len(ids) - context + stride), stride):  # to the window that reaches the end
         window = np.array(ids[start:start + context])  # [T]
@@ -131,8 +132,7 @@ def continuation_log_likelihoods(model: Danube3, sequences: list[tuple[list[int]
     """For each (ids, start): the log-probability of ids[start:] after ids[:start], in natural logarithms.
 
     Sequences of similar length share a batch, the longest first. Padding is on the right, where a causal
-    model does not look.
-    """
+    model does not look."""
     results = [0.0] * len(sequences)
     longest_first = sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0]))
     bar = tqdm(total=len(sequences), desc="choices", leave=False, disable=None)
@@ -155,8 +155,7 @@ def encode_choice(question: dict, choice: str, tokenizer: Tokenizer, bos: int) -
     """-> ids of a question followed by a choice; where the choice starts.
 
     Both are encoded together, as the model met such text in training. The choice starts at the first id
-    that differs from the question's own encoding. After "messages" the choice is the answer, with its </s>.
-    """
+    that differs from the question's own encoding. After "messages" the choice is an answer and its </s>."""
     if "messages" in question:
         answer = {"role": "assistant", "content": choice}
         ids, _ = danube3.render_chat([*question["messages"], answer], tokenizer)
@@ -203,8 +202,7 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
 
     Names and definitions are lm-evaluation-harness's. acc: the share whose right choice has the highest
     log-likelihood. acc_stderr: its standard error. acc_norm: the same by log-likelihood per character,
-    which does not favour short choices. "random baseline" is what chance would give.
-    """
+    which does not favour short choices. "random baseline" is what chance would give."""
     for number, question in enumerate(questions, start=1):
         choices, answer = question.get("choices"), question.get("answer")
         require(isinstance(choices, list) and type(answer) is int and answer in range(len(choices)),
@@ -219,25 +217,20 @@ def multiple_choice(model: Danube3, tokenizer: Tokenizer, questions: list[dict])
     return {"questions": len(questions), "acc": acc, "acc_stderr": stderr, "acc_norm": acc_norm,
             "random baseline": float(np.mean(chance))}
 
-def classification(model: Danube3, tokenizer: Tokenizer, items: list[dict]) -> dict[str, float]:
-    """How often the likeliest label of {"text", "label"} items is right. All labels of the file are choices.
-
-    Macro accuracy is the mean over labels: rare labels count as much as frequent ones.
-    """
-    for number, item in enumerate(items, start=1):
-        require(isinstance(item.get("text"), str) and isinstance(item.get("label"), str) and item["label"],
-                f'question {number} lacks a "text" or a "label"')
-    labels = sorted({item["label"] for item in items})
-    questions = []
-    for item in items:
-        questions.append({"messages": [{"role": "user", "content": item["text"]}], "choices": labels})
-    right: dict[str, list[bool]] = {label: [] for label in labels}
-    for item, scores in zip(items, choice_log_likelihoods(model, tokenizer, questions)):
-        right[item["label"]].append(labels[scores.index(max(scores))] == item["label"])
-    shares = {f"accuracy on {label}": sum(each) / len(each) for label, each in right.items()}
-    return {"texts": len(items), "accuracy": sum(map(sum, right.values())) / len(items),
-            "macro accuracy": sum(shares.values()) / len(labels), "random baseline": 1 / len(labels),
-            **shares}
+def classification(model: Danube3, tokenizer: Tokenizer, rows: Table, task: classify.Task,
+                   out: Path | None = None) -> dict[str, float]:
+    """Label each row, by softmax over the log-likelihoods of all labels as the answer. Figures are of rows
+    that have a label. The probabilities are written to `out`."""
+    task.check(rows)
+    truth = task.labels_of(rows)
+    names = list(task.labels) or sorted({label for label in truth if label is not None})
+    require(len(names) > 1, f"labels are needed, and here are {len(names)}: name all with --labels")
+    prompts, truncated = replace(task, labels=names).prompts(rows, tokenizer)
+    questions = [{"messages": prompt, "choices": names} for prompt in prompts]
+    probabilities = classify.softmax(choice_log_likelihoods(model, tokenizer, questions))  # [N, labels]
+    if out:
+        classify.write_probabilities(out, rows, names, probabilities)
+    return {"truncated": truncated, **classify.label_metrics(names, probabilities, truth)}
 
 def answer_all(model: Danube3, tokenizer: Tokenizer, conversations: list[list[dict]],
                max_new_tokens: int = 64, batch_size: int = 64, **sampling: Any) -> list[tuple[str, bool]]:
@@ -259,7 +252,10 @@ def answer_all(model: Danube3, tokenizer: Tokenizer, conversations: list[list[di
                 answers[number] = tokenizer.decode(ids[:end])[len(tokenizer.decode(prompt)):], end < len(ids)
     return [answers[number] for number in range(len(conversations))]
 
-LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word; Chinese and Japanese have no spaces between words
+def contains_answer(text: str, answer: str) -> bool:  # as words, not as a part of one
+    letter = r"[^\W\u3040-\u30ff\u3400-\u9fff]"  # of a word; Chinese and Japanese put no spaces in between
+    answer = re.escape(unicodedata.normalize("NFC", answer))
+    return bool(re.search(f"(?<!{letter}){answer}(?!{letter})", unicodedata.normalize("NFC", text)))
 
 def generative_evaluation(model: Danube3, tokenizer: Tokenizer, questions: list[dict],
                           **sampling: Any) -> dict[str, float]:
@@ -270,28 +266,26 @@ def generative_evaluation(model: Danube3, tokenizer: Tokenizer, questions: list[
             check_question(question)
             answer = question.get("answer")
             require(isinstance(answer, str) and answer.strip(), 'its "answer" must be text')
-    conversations = [question["messages"] for question in questions]
-    answers = answer_all(model, tokenizer, conversations, **sampling)
+    answers = answer_all(model, tokenizer, [question["messages"] for question in questions], **sampling)
     right: dict[int, list[bool]] = {}
     for question, (text, _) in zip(questions, answers):
         turn = (len(question["messages"]) + 1) // 2
-        answer = re.escape(unicodedata.normalize("NFC", question["answer"]))
-        found = re.search(f"(?<!{LETTER}){answer}(?!{LETTER})", unicodedata.normalize("NFC", text))
-        right.setdefault(turn, []).append(bool(found))
+        right.setdefault(turn, []).append(contains_answer(text, question["answer"]))
     shares = {f"right in turn {turn}": sum(each) / len(each) for turn, each in sorted(right.items())}
     return {"questions": len(questions), **shares,
             "ended by themselves": sum(ended for _, ended in answers) / len(answers)}
 
 def evaluate(model: Danube3, tokenizer: Tokenizer, path: str | Path) -> dict[str, float]:
-    """Evaluate on questions (.jsonl), on the validation part of a data folder, or on a text file."""
+    """Evaluate on a table of questions or labelled texts, on a data folder's validation part, or a text."""
     if Path(path).is_dir():
         return loss_per_source(model, tokenizer, path)
-    if Path(path).suffix.lower() not in (".jsonl", ".json", ".ndjson"):
+    if not table_suffix(path):
         return text_perplexity(model, tokenizer, read_text(path))
-    questions = read_jsonl(path)
+    rows, task = read_rows(path), classify.task_of(model)
+    questions = [row for _, row in rows]
     try:
-        if "label" in questions[0] and "messages" not in questions[0]:
-            return classification(model, tokenizer, questions)
+        if classify.is_labelled(rows, task):
+            return classification(model, tokenizer, rows, task)
         if "messages" in questions[0] and "choices" not in questions[0]:
             return generative_evaluation(model, tokenizer, questions)
         return multiple_choice(model, tokenizer, questions)
@@ -328,7 +322,7 @@ def measure_decoding(model: Danube3, tokens: int = 64) -> tuple[float, float]:
 
 def arguments() -> argparse.Namespace:
     parser = Arguments(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint, an output directory, or a published Danube3 folder")
+    parser.add_argument("checkpoint", help="a checkpoint, an output directory, or a published model")
     parser.add_argument("prompt", nargs="?", default="", help="text to complete; - for standard input")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="stop after this many tokens")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
@@ -340,14 +334,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the pass of one "
                         "token: slow to start, faster afterwards [on GPUs, but for small models]")
     parser.add_argument("--chat", action="store_true", help="chat: each line of standard input is a question")
-    parser.add_argument("--eval", metavar="PATH", help="evaluate on questions (.jsonl, .json), a text file "
+    parser.add_argument("--eval", metavar="PATH", help="evaluate on a table of questions or labels, a text "
                         "(perplexity) or a data folder (loss of each source)")
-    parser.add_argument("--json", metavar="FILE", help="with --eval: write the results here too")
+    parser.add_argument("--classify", metavar="TABLE", help="label texts (.jsonl, .csv, .parquet)")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="with --classify: write the probabilities")
+    parser.add_argument("--json", metavar="FILE", help="write the results of --eval or --classify here too")
+    parser.add_argument("--base", help="where the base of adapters is now")
+    classify.add_arguments(parser)
     args = parser.parse_intermixed_args()
-    if bool(args.eval) + bool(args.prompt) + args.chat > 1:
-        parser.error("a prompt, --chat and --eval cannot go together: choose one")
-    if args.json and not args.eval:
-        parser.error("--json is for the results of --eval")
+    if bool(args.eval) + bool(args.classify) + bool(args.prompt) + args.chat > 1:
+        parser.error("a prompt, --chat, --eval and --classify cannot go together: choose one")
+    if args.json and not (args.eval or args.classify):
+        parser.error("--json is for the results of --eval or --classify")
+    if (args.out or classify.changes(args)) and not args.classify:
+        parser.error("--labels, --template, --truncate, columns and --out are for --classify")
+    if args.out:
+        classify.check_out(args.out)
     require(args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens >= 1,
             "use --temperature and --top-k of 0 or more, --top-p above 0 and at most 1, and --max-new-tokens "
             "of 1 or more")
@@ -418,19 +420,19 @@ def complete(model: Danube3, tokenizer: Tokenizer, prompt: str, max_new_tokens: 
 def main() -> None:
     args = arguments()
     device, dtype = pick_device(args.device), danube3.DTYPES.get(args.dtype)
-    model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, fast=not args.eval)
-    quantized = any(isinstance(module, danube3.QuantizedLinear) for module in model.modules())
-    require(not (args.compile and quantized and device.type == "cpu"),
-            "on CPUs quantized models have compiled functions of their own: leave out --compile")
-    if not args.eval and danube3.shall_compile(args.compile, device, model.config):
-        print("compilation delays the first token, and tokens 257, 513, ..; --no-compile starts at once",
-              file=sys.stderr)
-        model.compile_decoding()
+    measured = args.eval or args.classify
+    model, tokenizer = danube3.load_checkpoint(args.checkpoint, device, dtype, not measured, args.base)
+    if not measured:
+        prepare_decoding(model, args.compile)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     if "<|prompt|>" not in str(tokenizer.chat_template) and not args.prompt:
         print("warning: the model has another chat template; Danube3's is used here", file=sys.stderr)
-    if args.eval:
-        results = evaluate(model, tokenizer, args.eval)
+    if measured:
+        if args.eval:
+            results = evaluate(model, tokenizer, args.eval)
+        else:
+            task = classify.task_of(model, **classify.changes(args))
+            results = classification(model, tokenizer, read_rows(args.classify), task, args.out)
         print(as_table(results))
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=2) + "\n")

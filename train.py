@@ -6,8 +6,7 @@ import os
 import shlex
 import signal
 import sys
-import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 import danube3
 import sample
 from danube3 import ChatData, Danube3, DanubeConfig, DanubeError, StagedData, Tokenizer, TrainConfig, require
-from data import read, toy
-from data.read import positive, token_count
+from data import classify, cli, read, toy
+from data.cli import positive, token_count
 
 # ---- The plan of a run: does it fit into memory, how long does it take, what does it read?
 
@@ -37,90 +36,113 @@ def remix(config: TrainConfig, order: str) -> TrainConfig:
             overall[name] += factor * weight
     return replace(config, stages=tuple(replace(stage, mixture=overall) for stage in config.stages))
 
+@dataclass(frozen=True)
+class Frozen:
+    """The model below LoRA adapters: bytes of all its weights, and of its codes and scales among them."""
+    rank: int
+    stored_bytes: int
+    quantized_bytes: int = 0
+
+def frozen_part(model: Danube3, rank: int | None) -> Frozen | None:
+    """What LoRA of this rank freezes of a model, before or after add_lora. None without LoRA."""
+    weights = sum(weight.nbytes for name, weight in model.named_parameters() if ".lora_" not in name)
+    quantized = sum(buffer.nbytes for buffer in model.buffers())
+    return Frozen(rank, weights + quantized, quantized) if rank else None
+
 def memory_bytes(config: DanubeConfig, training: TrainConfig, gpus: int = 1,
-                 checkpointing: bool = False) -> dict[str, int]:
+                 checkpointing: bool = False, frozen: Frozen | None = None) -> dict[str, int]:
     """Bytes that training needs on each device, by component. Activations are an estimate, a few percent low.
 
     Weights, gradients and AdamW's moments are exact. FSDP shards them, but not a gradient accumulated over
     micro-batches, nor compute copies: of all weights, or in large models of embedding, head and two layers.
-    Autograd keeps of a layer four vectors [D] in fp32 (residual stream, normalized), and the inputs of linear
-    layers and attention; with activation checkpointing of one layer, and one [D] of each. Logits thrice."""
+    Autograd keeps of a layer four vectors [D] in fp32 (residual stream, normalized; two if norms are frozen),
+    and the inputs of linear layers and attention; with activation checkpointing one [D], and all of one layer
+    at a time. Logits thrice, or once beside a quantized head, which is dequantized for its backward pass."""
     c, own_share = config, math.ceil(training.batch_size / gpus)  # sequences of a step on one GPU
     tokens = min(training.micro_batch_size, own_share) * training.sequence_length
     compute_bytes = danube3.DTYPES.get(training.dtype, torch.bfloat16).itemsize  # auto: as on a GPU
-    parameters = danube3.count_parameters(config)
+    base, ends = danube3.count_parameters(config), c.vocab_size * c.hidden_size  # embedding, head: each
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim  # q, k, v, attention output
     mlp = 4 * c.intermediate_size  # gate, silu(gate), up, and their product
-    per_token = 4 * 4 * c.hidden_size + compute_bytes * (2 * c.hidden_size + heads + mlp)
-    kept = c.num_hidden_layers * per_token
-    if checkpointing:
-        kept = per_token + c.num_hidden_layers * 4 * c.hidden_size
-    ends = 2 * c.vocab_size * c.hidden_size  # embedding and head
+    trained, vectors, saved = base, 4, 2 * c.hidden_size + heads + mlp
+    block = min(tokens, danube3.LOGIT_TOKENS) * c.vocab_size
+    logits = 3 * 4 * block
+    if frozen:
+        vectors, saved = 2, saved + 7 * frozen.rank
+        trained = c.num_hidden_layers * frozen.rank * (7 * c.hidden_size + heads + 3 * c.intermediate_size)
+        if frozen.quantized_bytes:
+            logits = max(logits, compute_bytes * block + (4 + 2) * ends)
+    one_layer = tokens * (vectors * 4 * c.hidden_size + compute_bytes * saved)
+    activations = c.num_hidden_layers * one_layer
+    if checkpointing:  # a layer is recomputed when the logits are gone
+        activations, logits = c.num_hidden_layers * tokens * 4 * c.hidden_size, max(logits, one_layer)
     one_pass = own_share <= training.micro_batch_size
     memory = {
-        "weights (fp32)": 4 * parameters // gpus,
-        "gradients (fp32)": 4 * parameters // (gpus if one_pass else 1),
-        "AdamW moments (fp32)": 8 * parameters // gpus,
-        "activations": tokens * kept,
-        "logits": 3 * 4 * min(tokens, danube3.LOGIT_TOKENS) * c.vocab_size,
+        "weights (fp32)": 4 * trained // gpus,
+        "gradients (fp32)": 4 * trained // (gpus if one_pass else 1),
+        "AdamW moments (fp32)": 8 * trained // gpus,
+        "activations": activations,
+        "logits": logits,
     }
-    if gpus > 1:  # and the gradient of the embedding, the head or a layer, the largest
-        layer = (parameters - ends) // c.num_hidden_layers
-        copies = parameters if parameters <= danube3.FSDP_KEPT else ends + 2 * layer
-        memory["unsharded"] = compute_bytes * copies + 4 * max(ends // 2, layer)
+    if frozen:
+        sharded = frozen.stored_bytes - frozen.quantized_bytes
+        memory["frozen weights"] = frozen.quantized_bytes + sharded // gpus
+    if gpus > 1:
+        layer = (base - 2 * ends) // c.num_hidden_layers
+        copies = base if base <= danube3.FSDP_KEPT else 2 * ends + 2 * layer
+        if frozen and frozen.quantized_bytes:
+            copies = ends
+        gradient = 0 if frozen else max(ends, layer)  # the embedding's, the head's or a layer's, the largest
+        memory["unsharded"] = compute_bytes * copies + 4 * gradient
     elif compute_bytes < 4:
-        memory["weights (compute copy)"] = compute_bytes * parameters
+        memory["weights (compute copy)"] = compute_bytes * trained
     return memory
 
 USABLE_MEMORY = 0.92      # [ours] of a GPU's memory; the rest goes to the driver and to fragmentation
 GPU_FLOPS = 0.4 * 989e12  # [ours] assumed operations per second: 40 % of an H100's dense bf16 peak
 
 def choose_checkpointing(config: DanubeConfig, training: TrainConfig, wish: str, gpu_memory: float,
-                         gpus: int = 1) -> bool:
+                         gpus: int = 1, frozen: Frozen | None = None) -> bool:
     """Whether to use activation checkpointing: "on", "off", or "auto", only if it does not fit otherwise.
     Training that cannot fit into `gpu_memory` bytes is refused, with what would help."""
-    def fits(micro_batch_size: int, gpus: int, checkpointing: bool) -> bool:
+    def needed(micro_batch_size: int, gpus: int, checkpointing: bool) -> int:
         plan = replace(training, micro_batch_size=micro_batch_size)
-        return sum(memory_bytes(config, plan, gpus, checkpointing).values()) <= USABLE_MEMORY * gpu_memory
+        return sum(memory_bytes(config, plan, gpus, checkpointing, frozen).values())
 
+    usable, micro = USABLE_MEMORY * gpu_memory, training.micro_batch_size
     for choice in {"auto": (False, True), "on": (True,), "off": (False,)}[wish]:
-        if fits(training.micro_batch_size, gpus, choice):
+        if needed(micro, gpus, choice) <= usable:
             return choice
-    remedy = "a shorter --sequence-length, or --chat with --lora"
+    remedy = "a shorter --sequence-length, or --chat with --lora and --init in 4 bits (quantize.py)"
     for i in range(12, 0, -1):
-        if fits(1, gpus * 2**i, True):
+        if needed(1, gpus * 2**i, True) <= usable:
             remedy = f"{gpus * 2**i} GPUs (torchrun --nproc-per-node; to plan: --gpus {gpus * 2**i})"
-    if fits(1, gpus, True):
+    if needed(1, gpus, True) <= usable:
         remedy = "--micro-batch-size 1"
-    if fits(training.micro_batch_size, gpus, True):
+    if needed(micro, gpus, True) <= usable:
         remedy = "--activation-checkpointing on"
-    needed = sum(memory_bytes(config, training, gpus, wish != "off").values()) / 1e9
-    raise DanubeError(f"training needs {needed:,.1f} GB on each GPU, and of {gpu_memory / 1e9:,.1f} GB "
-                      f"{USABLE_MEMORY * gpu_memory / 1e9:,.1f} can be used: take {remedy}")
+    total = needed(micro, gpus, wish != "off") / 1e9
+    raise DanubeError(f"training needs {total:,.1f} GB on each GPU, and of {gpu_memory / 1e9:,.1f} GB "
+                      f"{usable / 1e9:,.1f} can be used: take {remedy}")
 
-def set_activation_checkpointing(model: Danube3, training: TrainConfig, wish: str,
-                                 device: torch.device) -> None:
+def set_activation_checkpointing(model: Danube3, training: TrainConfig, wish: str, device: torch.device,
+                                 lora: int | None = None) -> None:
     """Switch activation checkpointing on if wished, or if the GPU's memory requires it."""
     on = wish == "on"
     if device.type == "cuda":
         memory, gpus = torch.cuda.get_device_properties(device).total_memory, danube3.rank_and_world_size()[1]
-        if all(parameter.requires_grad for parameter in model.parameters()):
-            on = choose_checkpointing(model.config, training, wish, memory, gpus)
-        elif wish == "auto":  # LoRA: stored weights, activations and logits count
-            plan = memory_bytes(model.config, training)
-            weights = sum(parameter.nbytes for parameter in model.parameters()) // gpus
-            weights += sum(buffer.nbytes for buffer in model.buffers())  # quantized codes are not sharded
-            on = weights + plan["activations"] + plan["logits"] > USABLE_MEMORY * memory
+        on = choose_checkpointing(model.config, training, wish, memory, gpus, frozen_part(model, lora))
     if on:
         danube3.use_activation_checkpointing(model)
 
 def describe_plan(config: DanubeConfig, training: TrainConfig, total_steps: int, gpus: int = 1,
-                  checkpointing: bool = False, epochs: dict[str, float] | None = None) -> str:
+                  checkpointing: bool = False, epochs: dict[str, float] | None = None,
+                  frozen: Frozen | None = None) -> str:
     """A run in one screen: parameters, batches, memory, operations, days, stages and their sources."""
     c, parameters, step = training, danube3.count_parameters(config), training.tokens_per_step
-    memory = memory_bytes(config, training, gpus, checkpointing)
-    flops = danube3.flops_per_token(config, c.sequence_length) * total_steps * step
-    days = flops * (4 / 3 if checkpointing else 1) / gpus / GPU_FLOPS / 86_400
+    memory = memory_bytes(config, training, gpus, checkpointing, frozen)
+    flops = danube3.flops_per_token(config, c.sequence_length, bool(frozen)) * total_steps * step
+    days = flops * (1 + checkpointing * (1 / 2 if frozen else 1 / 3)) / gpus / GPU_FLOPS / 86_400
     note = ", with activation checkpointing" if checkpointing else ""
     passes = math.ceil(c.batch_size / gpus / c.micro_batch_size)
     lines = [
@@ -129,12 +151,17 @@ def describe_plan(config: DanubeConfig, training: TrainConfig, total_steps: int,
         f"{'':16}{gpus} GPUs x {passes} gradient accumulation steps x micro-batch of {c.micro_batch_size}",
         f"run             {total_steps:,} steps, {total_steps * step:,} tokens, {flops:.3g} FLOPs",
         f"{'':16}{days:,.2f} days on {gpus} GPUs at {GPU_FLOPS / 1e12:.1f} TFLOP/s: 40 % of an H100's peak",
-        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each bf16 GPU{note}",
+        f"memory          {sum(memory.values()) / 1e9:,.2f} GB on each GPU{note}",
     ]
     for name, size in memory.items():
         lines.append(f"{size / 1e9:26,.2f}  {name}")
-    lines.append(f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two moments in "
-                 "fp32; the disk holds two while one is written")
+    if frozen:
+        trained = memory["weights (fp32)"] * gpus // 4
+        lines.append(f"checkpoint      {16 * trained / 1e9:,.2f} GB: {trained:,} weights of adapters of rank "
+                     f"{frozen.rank}, twice, and two moments, in fp32; the disk holds two")
+    else:
+        lines.append(f"checkpoint      {14 * parameters / 1e9:,.2f} GB: weights in bf16 and fp32, two "
+                     "moments in fp32; the disk holds two while one is written")
     if c.stages:
         lines += describe_stages(training, epochs)
     return "\n".join(lines)
@@ -152,7 +179,7 @@ def describe_stages(training: TrainConfig, epochs: dict[str, float] | None) -> l
             lines[-1] += f"{share:>10.1%} "
         start = end
     lines.append(f"{'tokens':16}{start:>12,}{start * step:>22,}"
-                 + "".join(f"{read.short_count(total):>11}" for total in totals.values()))
+                 + "".join(f"{cli.short_count(total):>11}" for total in totals.values()))
     if epochs:
         lines.append(f"{'epochs':50}" + "".join(f"{epochs.get(name, 0):>11.2f}" for name in sources))
     return lines
@@ -194,7 +221,7 @@ def plot_curves(out: Path, training: TrainConfig) -> None:
 def report_run(args: argparse.Namespace, run: danube3.Trainer) -> None:
     """Curves, two samples of a model that completes text, and its accuracy on a quiz, where there is one."""
     plot_curves(run.out, run.config)
-    model, tokenizer = danube3.load_checkpoint(run.out, run.device)
+    model, tokenizer = danube3.load_checkpoint(run.out, run.device, base=run.lora and run.base or None)
     if isinstance(run.data, StagedData):
         quiz = run.data.data.folder / "quiz.jsonl"
         prompt = torch.tensor([tokenizer.encode_prompt("")], device=model.device)
@@ -229,31 +256,6 @@ def dequantize_model(model: Danube3) -> Danube3:
             set_weight(model, name, module.weight.to(model.dtype))
     return model
 
-# ---- The machine: its speed, its processes, its signals
-
-def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """The best rate of a square matrix product, in operations per second. MFU is measured against it (papers
-    take the data sheet's). Matrices grow while time is left: a large one in emulated fp16 takes a minute."""
-    size, best = 128, 0.0
-    largest = 2_048 if device.type == "cpu" else 8_192
-
-    def time_product(size: int) -> float:
-        a = torch.randn(size, size, device=device).to(dtype)
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        return time.perf_counter() - start
-
-    time_product(size)  # the very first product loads a library
-    end = time.perf_counter() + seconds
-    while True:
-        elapsed = min(time_product(size), time_product(size))
-        best = max(best, 2 * size**3 / elapsed)
-        left = end - time.perf_counter()
-        if left < 2 * elapsed:
-            return best
-        if size < largest and left > 2 * 8 * elapsed:  # two products of twice the size
-            size *= 2
-
 def compile_model(model: Danube3) -> None:
     """torch.compile fuses small operations of a decoder layer (all share the result) and of the loss."""
     if not danube3.has_compiler():
@@ -264,29 +266,16 @@ def compile_model(model: Danube3) -> None:
         layer.compile()
     model.block_loss = torch.compile(model.block_loss)  # type: ignore[method-assign]
 
-def catch_interrupts(world_size: int) -> list[int]:
-    """From now on the first Ctrl-C or SIGTERM is put into the returned list; a second one ends the program.
-    Not under torchrun: it passes Ctrl-C on several times, and sends SIGTERM if another process has failed."""
-    caught: list[int] = []
-
-    def catch(number: int, frame: object) -> None:
-        if caught and world_size == 1:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    signal.signal(signal.SIGINT, catch)
-    if world_size == 1:
-        signal.signal(signal.SIGTERM, catch)
-    return caught
-
 # ---- The program
 def arguments() -> argparse.Namespace:
-    parser = read.Arguments(__doc__)
-    parser.add_argument("--init", help="start from this checkpoint, output directory or published folder")
+    parser = cli.Arguments(__doc__)
+    parser.add_argument("--init", help="start from this checkpoint, output directory or published model")
+    parser.add_argument("--base", help="where the base of adapters in --init is now")
     parser.add_argument("--out", type=Path, help="output directory [out/<config> or out/<init>-chat]")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--dry-run", action="store_true", help="print the plan of the run, and stop")
     parser.add_argument("--micro-batch-size", type=positive, help="sequences per pass; changes memory only")
+    parser.add_argument("--sequence-length", type=positive, help="tokens of a sequence, at most")
     parser.add_argument("--learning-rate", type=float, help="its peak")
     parser.add_argument("--save-every", type=positive, help="steps between checkpoints")
     parser.add_argument("--seed", type=int, help="of the initial weights and the order of the data")
@@ -305,26 +294,27 @@ def arguments() -> argparse.Namespace:
     stages.add_argument("--tokens-per-step", type=token_count, help="tokens of one optimizer step")
     stages.add_argument("--mixture", choices=["staged", "constant", "reversed"],
                         help="the report's stages; one mixture throughout; or the stages backwards [staged]")
-    stages.add_argument("--sequence-length", type=positive, help="tokens of a sequence")
     stages.add_argument("--layers", type=positive, help="fewer layers than the configuration's: to try out")
     chat = parser.add_argument_group("supervised fine-tuning on conversations")
-    chat.add_argument("--chat", type=Path, nargs="+", metavar="JSONL", help="conversations or labelled texts")
+    chat.add_argument("--chat", type=Path, nargs="+", metavar="TABLE", help="conversations or labelled texts")
     chat.add_argument("--epochs", type=positive, help="how often each conversation is read [1]")
     chat.add_argument("--batch-size", type=positive, help="conversations of one optimizer step [16]")
     chat.add_argument("--lora", type=positive, metavar="RANK", help="train LoRA adapters of this rank")
     chat.add_argument("--merge", type=Path, metavar="FOLDER", help="write base and adapters as one model too")
+    chat.add_argument("--strict", action="store_true", default=None, help="stop at an unusable conversation")
     chat.add_argument("--system", choices=["fold"], help="put a system message before the first user message")
+    classify.add_arguments(chat)
     args = parser.parse_args()
     other, problem = (stages, "cannot go together with") if args.chat else (chat, "needs")
     for action in other._group_actions:  # flags of the other kind of training
         if getattr(args, action.dest) is not None:
             parser.error(f"{action.option_strings[0]} {problem} --chat")
     require(args.init or not args.chat, "--chat needs --init, the model to start from")
-    require(args.lora or not args.merge, "--merge needs --lora")
+    allowed = (args.lora or not args.merge) and (args.init or not args.base)
+    require(allowed, "--merge needs --lora, and --base needs --init")
     require(args.dry_run or not (args.gpus or args.gpu_memory),
             "--gpus and --gpu-memory are for --dry-run: to train on several, start train.py with torchrun")
     require(not (args.merge and args.merge.exists()), f"{args.merge} already exists: choose another --merge")
-    require(not (args.lora and args.dry_run), "--dry-run plans training without --lora only")
     return args
 
 def sft_config(config: DanubeConfig, lora: bool = False) -> TrainConfig:
@@ -342,12 +332,12 @@ def adjust(config: TrainConfig, args: argparse.Namespace, model: DanubeConfig) -
         require(tokens % length == 0, f"a step of {tokens:,} tokens is no whole number of sequences of "
                 f"{length:,}: use --tokens-per-step {max(1, tokens // length) * length}")
         changes["batch_size"] = tokens // length
-    dtype = read.pick_dtype(args.dtype, args.device, model)
+    dtype = cli.pick_dtype(args.dtype, args.device, model)
     config = replace(config, dtype=dtype, **changes)
     return config.with_tokens(args.tokens) if args.tokens else config
 
 def plan(args: argparse.Namespace, config: DanubeConfig, training: TrainConfig, total_steps: int,
-         epochs: dict[str, float] | None = None) -> None:
+         epochs: dict[str, float] | None = None, frozen: Frozen | None = None) -> None:
     """Print what the run would be, and end the program; refuse a run that cannot fit."""
     gpus, memory, wish = args.gpus or 1, (args.gpu_memory or 80) * 1e9, args.activation_checkpointing
     require(training.batch_size % gpus == 0, f"a step of {training.batch_size} sequences cannot be divided "
@@ -355,10 +345,14 @@ def plan(args: argparse.Namespace, config: DanubeConfig, training: TrainConfig, 
     training = replace(training, micro_batch_size=min(training.micro_batch_size, training.batch_size // gpus))
     checkpointing = wish != "off"  # described even if it cannot fit
     try:
-        checkpointing = choose_checkpointing(config, training, wish, memory, gpus)
+        checkpointing = choose_checkpointing(config, training, wish, memory, gpus, frozen)
     finally:
-        print(describe_plan(config, training, total_steps, gpus, checkpointing, epochs))
+        print(describe_plan(config, training, total_steps, gpus, checkpointing, epochs, frozen))
     sys.exit()
+
+def check_length(length: int, config: DanubeConfig) -> None:
+    context = config.max_position_embeddings
+    require(length <= context, f"--sequence-length {length}: the context of the model is {context}")
 
 def pre_training(args: argparse.Namespace, base: Path | None,
                  start: str) -> tuple[Danube3, Tokenizer, StagedData]:
@@ -369,8 +363,7 @@ def pre_training(args: argparse.Namespace, base: Path | None,
     training = adjust(remix(danube3.TRAIN_CONFIGS[name], args.mixture or "staged"), args, config)
     folder, steps = args.data or Path("data", name), training.stage_ends[-1]
     require(steps > 0, f"this is less than one step of {training.tokens_per_step:,} tokens: raise --tokens")
-    require(training.sequence_length <= config.max_position_embeddings, "--sequence-length "
-            f"{training.sequence_length}: the context of {name} is {config.max_position_embeddings}")
+    check_length(training.sequence_length, config)
     if args.dry_run and not (folder / "meta.json").is_file():
         plan(args, config, training, steps)
     if name == "toy" and not args.data and not folder.exists() and rank == 0:
@@ -385,7 +378,7 @@ def pre_training(args: argparse.Namespace, base: Path | None,
             print(f"source {source!r} has less text than its share, and is read {epochs:.1f} times")
     if not base:
         return Danube3.new(config, training.seed, start), data.data.tokenizer, data
-    model, tokenizer = danube3.load_checkpoint(base, start, torch.float32)
+    model, tokenizer = danube3.load_checkpoint(base, start, torch.float32, base=args.base)
     require(model.config == config and tokenizer.sha256 == data.data.tokenizer.sha256,
             f"--init {base} is no {name} with the tokenizer of {folder}: choose another")
     return merge_lora(model), tokenizer, data
@@ -394,23 +387,29 @@ def fine_tuning(args: argparse.Namespace, base: Path, start: str) -> tuple[Danub
     """-> model (on the device `start`), tokenizer, data"""
     require(not (args.lora and (base / "adapter_config.json").is_file()),
             f"{base} holds adapters: --lora needs a whole model (--merge writes one)")
-    dtype = read.pick_dtype(args.dtype, args.device, danube3.read_config(base)) if args.lora else "float32"
-    model, tokenizer = danube3.load_checkpoint(base, start, danube3.compute_dtype(args.device, dtype))
+    dtype = "float32"
+    if args.lora:
+        dtype = cli.pick_dtype(args.dtype, args.device, danube3.read_config(base), args.dry_run)
+    own_dtype = danube3.compute_dtype(args.device, dtype)
+    model, tokenizer = danube3.load_checkpoint(base, start, own_dtype, base=args.base)
     tokenizer.add_bos, tokenizer.chat_template = False, danube3.CHAT_TEMPLATE  # as in render_chat
-    conversations: list[danube3.Messages] = []
-    for path in args.chat:
-        conversations += read.read_conversations(path, bool(args.system))
+    context, changes = args.sequence_length or model.config.max_position_embeddings, classify.changes(args)
+    check_length(context, model.config)
+    conversations, notes, task = classify.read_examples(
+        args.chat, classify.Task(**{"context": context, **changes}), tokenizer, bool(changes),
+        bool(args.system), args.strict)
+    if task:
+        model.task = asdict(task)
     fingerprint = {"chat": " ".join(map(danube3.file_sha256, args.chat)), "fold_system": args.system,
-                   "lora": args.lora}
+                   "lora": args.lora, "task": task and model.task}
     training = adjust(sft_config(model.config, bool(args.lora)), args, model.config)
-    data = ChatData(conversations, tokenizer, model.config.max_position_embeddings, training,
-                    args.epochs or 1, fingerprint)
+    data = ChatData(conversations, tokenizer, context, training, args.epochs or 1, fingerprint)
     if args.micro_batch_size:
         data.config = replace(data.config, micro_batch_size=args.micro_batch_size)
     if danube3.rank_and_world_size()[0] == 0:
-        print(data.summary)
+        print(*notes, data.summary, sep="\n")
     if args.dry_run:
-        plan(args, model.config, data.config, data.total_steps)
+        plan(args, model.config, data.config, data.total_steps, None, frozen_part(model, args.lora))
     if args.lora:
         return danube3.add_lora(model, args.lora, training.seed), tokenizer, data
     return merge_lora(model), tokenizer, data
@@ -419,17 +418,18 @@ def output_directory(args: argparse.Namespace, base: Path | None) -> Path:
     """--out, or a name made from --init or --config."""
     if not (args.chat and base):
         return args.out or Path("out", args.config or "toy")
-    run = base.absolute()
+    run = Path(args.init).absolute()
     if run.name.startswith("step-"):  # out/toy/step-0001758: the run's name is toy
         run = run.parent
     return args.out or Path("out", f"{run.name}-chat")
 
 def main() -> int:
     args = arguments()
-    device = args.device = read.pick_device(args.device)
-    read.join_processes(device)
+    device = args.device = cli.pick_device(args.device)
+    cli.join_processes(device)
     rank, world_size = danube3.rank_and_world_size()
-    base, start = danube3.find_checkpoint(args.init) if args.init else None, "cpu" if rank == 0 else "meta"
+    base = danube3.find_checkpoint(args.init) if args.init else None
+    start = "cpu" if rank == 0 and not args.dry_run else "meta"
     data: StagedData | ChatData
     if args.chat and base:
         model, tokenizer, data = fine_tuning(args, base, start)
@@ -439,8 +439,8 @@ def main() -> int:
     require(args.lora or not quantized, f"{base} is quantized: train adapters only, with --chat and --lora")
     out = output_directory(args, base)
     require(not args.merge or args.merge.resolve() != out.resolve(), f"{args.merge} is the run's own --out")
-    set_activation_checkpointing(model, data.config, args.activation_checkpointing, device)
-    if danube3.shall_compile(args.compile, device, model.config):
+    set_activation_checkpointing(model, data.config, args.activation_checkpointing, device, args.lora)
+    if cli.shall_compile(args.compile, device, model.config):
         compile_model(model)
     size = data.config.batch_size
     require(size % world_size == 0, f"{world_size} processes cannot share {size} sequences: change one")
@@ -450,15 +450,15 @@ def main() -> int:
         alike = [repr(facts)] * world_size
         dist.all_gather_object(alike, alike[rank])
         require(len(set(alike)) == 1, "the ranks have different flags, data or files: start all alike")
-    torch.backends.cuda.enable_cudnn_sdp(not args.chat)  # see read.pick_device
+    torch.backends.cuda.enable_cudnn_sdp(not args.chat)  # see cli.pick_device
     run = danube3.Trainer(out, model, tokenizer, data, args.resume, base, device)
     if rank == 0:
         trainable = sum(weight.numel() for name, weight in run.tensors() if name.startswith("weights."))
         dtype = str(run.dtype).removeprefix("torch.")
         print(f"{trainable:,} trainable parameters, {data.total_steps:,} steps of {size} sequences on "
               f"{world_size} x {device.type} in {dtype}")
-    interrupts = catch_interrupts(world_size)
-    finished = danube3.train(run, world_size * measure_matmul_peak(device, run.dtype), interrupts)
+    interrupts = cli.catch_interrupts(world_size)
+    finished = danube3.train(run, world_size * cli.measure_matmul_peak(device, run.dtype), interrupts)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -471,10 +471,10 @@ def main() -> int:
         print(f"interrupted, and saved; go on with: {again.removesuffix(' --resume')} --resume")
         return 130
     if args.merge:
-        merged = dequantize_model(merge_lora(danube3.load_checkpoint(out)[0]))
+        merged = dequantize_model(merge_lora(danube3.load_checkpoint(out, base=base)[0]))
         danube3.save_checkpoint(args.merge, merged, tokenizer, merged.dtype)
     report_run(args, run)
     return 0
 
 if __name__ == "__main__":
-    read.run_command(main)
+    cli.run_command(main)

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that `python data/experiment.py` finds danube3
 import danube3  # noqa: E402
 import sample  # noqa: E402
-from data.read import Arguments, positive, read_jsonl, run_command  # noqa: E402
+from data.cli import Arguments, positive, run_command  # noqa: E402
+from data.read import read_jsonl  # noqa: E402
 
 ORDERS = ("staged", "constant", "reversed")
 OUTCOMES = {  # column: what it is

@@ -12,7 +12,6 @@ A killed command can be given again: it goes on after the last entry. Memory hol
 import argparse
 import errno
 import glob
-import gzip
 import hashlib
 import heapq
 import importlib.resources
@@ -35,8 +34,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python data/prepare.py` finds danube3
 import danube3  # noqa: E402
-from danube3 import CHAT_MARKERS, DanubeError, Tokenizer, reading, require  # noqa: E402
-from data import read, toy  # noqa: E402
+from danube3 import CHAT_MARKERS, DanubeError, Tokenizer, require  # noqa: E402
+from data import cli, read, toy  # noqa: E402
 
 OPEN = {  # [ours] in place of the report's six sources, whose texts are not published
     "web": "hub:HuggingFaceFW/fineweb",
@@ -47,15 +46,11 @@ OPEN = {  # [ours] in place of the report's six sources, whose texts are not pub
     "other": "hub:common-pile/project_gutenberg_filtered",
 }
 TEXTS = (".txt", ".md", ".rst", ".html", ".py", ".txt.gz")  # one document per file
-SUFFIXES = (*TEXTS, ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")  # one object per line; a table
-
 DOCUMENT_BYTES = 2**20  # [ours] a longer text becomes several documents
-LINE_BYTES = 64 * 2**20  # [ours] a longer line of JSON is an error
 BATCH_BYTES = 4 * 2**20  # [ours] of text are encoded in one call
 SAMPLE_BYTES, SAMPLE_PIECES, SAMPLE_READ = 10_000, 1_000, 100_000  # [ours] see sample_pieces
 BINS = 2**16  # equal parts of the range of digests; a shard has one or several
 
-Rows = Iterator[tuple[str, Any]]  # a place for messages; {"text": ..} or {"messages": ..}
 Document = tuple[bytes, list[bytes]]  # digest; texts, each of which ends with </s>
 ENTRY = np.dtype([(name, "<u8") for name in ("high", "low", "start", "length")])  # digest; place of the ids
 
@@ -72,53 +67,31 @@ def cut(file: BinaryIO, most: int) -> Iterator[bytes]:
         block = block[end:] + file.read(most + 1 + end - len(block))
     yield block
 
-def file_rows(file: Any, name: str, field: str) -> Rows:
-    """The rows of a file: parts of a text, or JSON values, one per line."""
-    number, is_text = 1, name.lower().endswith(TEXTS)
-    try:
-        for part in cut(file, DOCUMENT_BYTES) if is_text else iter(lambda: file.readline(LINE_BYTES), b""):
-            place = f"{name}, line {number}"
-            if is_text:
-                yield place, {field: part.decode("utf-8-sig").replace("\r\n", "\n")}
-            elif part.strip():
-                require(len(part) < LINE_BYTES, f"{place}, is longer than {LINE_BYTES:,} bytes: split it")
-                yield place, json.loads(part.decode("utf-8-sig"))
-            number += part.count(b"\n")
-    except UnicodeDecodeError as error:
-        number += error.object.count(b"\n", 0, error.start)
-        raise DanubeError(f"{name}, line {number}, is not UTF-8 text: convert the file") from error
-    except (ValueError, RecursionError) as error:
-        raise DanubeError(f"{place}, is not JSON ({error}): write one object per line") from error
-
-def data_set_rows(what: str, name: str, config: str = "", split: str = "train", **options: str) -> Rows:
-    """The rows of a data set, each with its place, as the package datasets streams them."""
-    try:
-        import datasets
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(50)  # its errors are reported here
-        builder = datasets.load_dataset_builder(name, config or None, **options)
-        builder.config.batch_size = getattr(builder.config, "batch_size", None) or 1_000  # 0 in empty parquet
-        for number, row in enumerate(builder.as_streaming_dataset(split), start=1):
-            yield f"{what}, row {number}", row
-    except ImportError as error:
-        raise DanubeError(f"{what} needs the package datasets ({error}): pip install datasets") from error
-    except StopIteration:  # all its files are empty
-        return
-    except Exception as error:  # from the network, the format, or the names
-        raise DanubeError(f"{what} cannot be read: {error or type(error).__name__}") from error
+def text_rows(file: Any, name: str, field: str) -> read.Rows:
+    """The parts of a text, each with its place."""
+    number = 1
+    for part in cut(file, DOCUMENT_BYTES):
+        try:
+            yield f"{name}, line {number}", {field: part.decode("utf-8-sig").replace("\r\n", "\n")}
+        except UnicodeDecodeError as error:
+            number += part.count(b"\n", 0, error.start)
+            raise DanubeError(f"{name}, line {number}, is not UTF-8 text: convert the file") from error
+        number += part.count(b"\n")
 
 def documents_of(row: Any, field: str, most: int) -> Iterator[Document]:
     """The text of a row, in parts of at most so many bytes, or its conversation. DanubeError: neither."""
     require(isinstance(row, dict), "it is no JSON object: write one object per line")
-    text, messages = row.get(field), row.get("messages")
+    text = row.get(field)
     if isinstance(text, str) and text.strip():
         for part in cut(io.BytesIO(text.encode("utf-8", "replace")), most):  # bad Unicode: "?"
             if part.strip():
                 yield hashlib.blake2b(part, digest_size=16).digest(), [part]
     else:
         found = {str: "empty", type(None): "missing"}.get(type(text), type(text).__name__)
-        require(messages is not None, f'"{field}" is {found}: name the field with --text-field')
-        turns = [(turn["role"], turn["content"]) for turn in read.check_turns(messages, fold_system=True)]
+        is_chat = any(row.get(column) is not None for column in read.FORMATS)
+        require(is_chat, f'"{field}" is {found}: name the field with --text-field')
+        messages = read.check_turns(read.messages_of(row), fold_system=True)
+        turns = [(turn["role"], turn["content"]) for turn in messages]
         texts = [(CHAT_MARKERS[role] + content).encode("utf-8", "replace") for role, content in turns]
         yield hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest(), texts
 
@@ -138,24 +111,23 @@ class Source:
         require(any(map(os.path.exists, places)), f"{pattern}: no such file")
         for place in map(Path, places):
             for path in filter(Path.is_file, [place, *sorted(place.rglob("*"))]):
-                known = path.name.lower().endswith(SUFFIXES)
-                require(known or path != place, f"{path} is of an unknown kind: use {' '.join(SUFFIXES)}")
+                known = path.name.lower().endswith(TEXTS) or read.table_suffix(path)
+                kinds = " ".join((*TEXTS, *read.TABLES))
+                require(known or path != place, f"{path} is of an unknown kind: use {kinds}")
                 if known and not any(part.startswith(".") for part in path.relative_to(place).parts):
                     self.inputs.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
                 else:
                     self.skipped += 1
 
-    def rows(self) -> Rows:
+    def rows(self) -> read.Rows:
         for name, _, _ in self.inputs:
             if name.startswith("hub:"):
-                yield from data_set_rows(name, *name.removeprefix("hub:").split(":"))
-                continue
-            with reading(Path(name)), open(name, "rb") as raw:
-                if name.lower().endswith(".parquet"):
-                    yield from data_set_rows(name, "parquet", data_files=glob.escape(name))
-                else:
-                    file = gzip.open(raw) if name.lower().endswith(".gz") else raw
-                    yield from file_rows(file, name, self.field)
+                yield from read.data_set_rows(name, *name.removeprefix("hub:").split(":"))
+            elif read.table_suffix(name):
+                yield from read.table_rows(name)
+            else:
+                with read.open_file(Path(name)) as file:
+                    yield from text_rows(file, name, self.field)
 
     def documents(self, most: int) -> Iterator[Document]:
         """All documents, of at most so many bytes. Rows that have none are left out and counted."""
@@ -343,13 +315,17 @@ def report(args: argparse.Namespace) -> None:
         documents, duplicates = meta["read"][name].values()
         total += train
         print(f"{name:16}{documents:>14,}{duplicates:>14,}{train:>18,}{val:>16,}{shards:>8,}")
-    small = meta["vocab_size"] <= danube3.CONFIGS["toy"].vocab_size
-    for config in ("500m", "toy") if small else ("500m",):  # the first one that it fits
+    tokens, names = args.tokens or total, ["60m"]
+    if tokens > sum(stage.tokens for stage in danube3.TRAIN_CONFIGS["60m"].stages):  # of a whole run [ours]
+        names.insert(0, "500m")
+    if meta["vocab_size"] <= danube3.CONFIGS["toy"].vocab_size:
+        names.append("toy")
+    for config in names:  # the first one that it fits
         training = danube3.TRAIN_CONFIGS[config]
-        number = read.short_count(max(args.tokens or total, training.tokens_per_step))
+        number = cli.short_count(max(tokens, training.tokens_per_step))
         try:
             data = read.TokenData(args.out, danube3.CONFIGS[config], training.sequence_length)
-            danube3.StagedData(data, training.with_tokens(read.token_count(number)))
+            danube3.StagedData(data, training.with_tokens(cli.token_count(number)))
             hint = f"try: python train.py --config {config} --data {folder} --tokens {number}"
             break
         except DanubeError as error:
@@ -357,12 +333,12 @@ def report(args: argparse.Namespace) -> None:
     print(hint)
 
 def arguments() -> argparse.Namespace:
-    parser, count = read.Arguments((__doc__ or "").splitlines()[0]), read.positive
+    parser, count = cli.Arguments((__doc__ or "").splitlines()[0]), cli.positive
     parser.add_argument("inputs", nargs="*", metavar="SOURCE=PATTERN", help="a file, folder, glob or hub:..")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--tokenizer", required=True, help="a file, a folder, mistral, or train:VOCAB")
     parser.add_argument("--open", action="store_true", help="take open data sets for all six sources")
-    parser.add_argument("--tokens", type=read.token_count, help="with --open: tokens of the later run")
+    parser.add_argument("--tokens", type=cli.token_count, help="with --open: tokens of the later run")
     parser.add_argument("--val", type=float, default=0.005, help="the part of documents for validation")
     parser.add_argument("--shard-tokens", type=count, default=2**27, help="tokens of a shard, about")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="threads")
@@ -397,4 +373,4 @@ def main() -> None:
     report(args)
 
 if __name__ == "__main__":
-    read.run_command(main)
+    cli.run_command(main)

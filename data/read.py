@@ -1,187 +1,187 @@
-"""What people write: command lines, texts, JSON lines, conversations; and data/prepare.py: token shards."""
+"""What people write: texts, tables, conversations; and what data/prepare.py writes: token shards."""
 
-import argparse
+import contextlib
+import csv
+import glob
+import gzip
 import io
 import json
-import os
-import re
-import sys
-from collections.abc import Callable
-from fractions import Fraction
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
-import safetensors
 import torch
-import torch.distributed as dist
 
 import danube3
 from danube3 import Batch, DanubeError, Messages, Tokenizer, reading, require
 
-# ---- The command line
+# ---- Texts and tables
 
-class Arguments(argparse.ArgumentParser):
-    """argparse that shows defaults in --help and raises DanubeError."""
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action: argparse.Action) -> str | None:
-            return action.help if action.default is None else super()._get_help_string(action)
+Rows = Iterator[tuple[str, Any]]  # a place, for messages; a row, usually {column: value}
+Table = list[tuple[str, dict[str, Any]]]  # all rows
+LINE_BYTES = 64 * 2**20  # [ours] a longer line of JSON is an error
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=self.Formatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise DanubeError(f"{message} (see {self.prog} --help)")
-
-def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is the first available of cuda, mps and cpu. Under torchrun process i takes GPU i."""
-    # On Hopper GPUs cuDNN attention takes 20 to 900 ms per new length: only train.py switches it on.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    rank = os.environ.get("LOCAL_RANK")
-    if name == "auto":
-        mps = torch.backends.mps.is_available() and rank is None  # gloo does not know MPS
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name.startswith("cuda") and rank is not None:
-        name = f"cuda:{rank}"
-    try:
-        zero = torch.zeros(1, device=name)
-        zero.item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise DanubeError(f"device {name!r} is not available ({torch.cuda.device_count()} GPUs are): use "
-                          "--device auto, and one process per GPU") from error
-    return zero.device
-
-def pick_dtype(wish: str, device: torch.device, config: danube3.DanubeConfig) -> str:
-    """"auto" is bf16 on CPUs that compute in it too, but for the toy, so that its figures are everyone's."""
-    known: dict = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch know nothing
-    fast = device.type == "cpu" and (known.get("avx512_bf16") or known.get("amx_bf16"))
-    wide = config.hidden_size > danube3.CONFIGS["toy"].hidden_size
-    return "bfloat16" if wish == "auto" and fast and wide else wish
-
-def join_processes(device: torch.device) -> None:
-    """Meet the other processes that torchrun has started, if it has."""
-    if "LOCAL_RANK" not in os.environ:
-        return
-    backend, own = "gloo", None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend, own = "nccl", device
-    dist.init_process_group(backend, device_id=own)
-
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program. What the user can fix ends in one line on stderr, exit code 2."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # bytes that are no text, characters it cannot show
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader of our output has gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (DanubeError, OSError, safetensors.SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("tried to allocate|out of memory|MemoryError", repr(error)):
-            raise
-        print("error: out of memory: shorten the text, use a smaller --micro-batch-size, or "
-              "--activation-checkpointing on", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(2)
-
-def token_count(text: str) -> int:
-    """'200k', '1.5M', '10B', '4T' -> tokens."""
-    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,12})?)([kmbt]?)", text.lower(), re.ASCII)
-    count = Fraction(match[1]) * units[match[2]] if match else Fraction(0)
-    if count.denominator != 1 or not 0 < count < 2**60:
-        raise argparse.ArgumentTypeError(f"{text!r} is no token count: write 200k, 1.5M, 10B or 4T")
-    return int(count)
-
-def short_count(number: float) -> str:
-    """1234567 -> 1.23M"""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= 0.9995 * size:  # 999,999 is 1M, not 1000k
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.0f}"
-
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not re.fullmatch(r"0*[1-9]\d{0,17}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return int(text)
-
-# ---- Files
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[Any]:
+    """A file of bytes, unpacked if its name ends in .gz."""
+    require(path.is_file(), f"{path} does not exist, or is no file")
+    with reading(path), path.open("rb") as raw:
+        yield gzip.open(raw) if path.name.lower().endswith(".gz") else raw
 
 def read_text(path: str | Path) -> str:
     """A text file, whole, without a byte order mark."""
-    require(Path(path).is_file(), f"{path} does not exist, or is no file")
-    with reading(Path(path)):
+    with open_file(Path(path)) as file:
         try:
-            return Path(path).read_text(encoding="utf-8-sig")
+            return io.TextIOWrapper(file, "utf-8-sig").read()
         except UnicodeDecodeError as error:
             raise DanubeError(f"{path} is not UTF-8 text ({error}): convert or unpack it") from error
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a file: one per line, or one array. Empty lines and null fields are left out."""
-    text, objects = read_text(path), []
-    is_array = text.lstrip().startswith("[")
-    for number, line in enumerate([text] if is_array else text.split("\n"), start=1):
-        if not line.strip():
-            continue
+def json_rows(file: BinaryIO, name: str) -> Rows:
+    """One JSON value per line, or one array of them. Empty lines are skipped."""
+    lines = iter(lambda: file.readline(LINE_BYTES), b"")
+    for number, line in enumerate(lines, start=1):
+        place = f"{name}, line {number}"
+        require(len(line) < LINE_BYTES, f"{place}, is longer than {LINE_BYTES:,} bytes: split it")
         try:
-            value = json.loads(line)
+            text = line.decode("utf-8-sig").strip()
+            if number == 1 and text.startswith("["):
+                for value in json.loads(text + file.read().decode()):
+                    yield place, value
+            elif text:
+                yield place, json.loads(text)
+        except UnicodeDecodeError as error:
+            raise DanubeError(f"{place}, is not UTF-8 text: convert or unpack the file") from error
         except (ValueError, RecursionError) as error:
-            raise DanubeError(f"{path}, line {number}, is not JSON ({error}): fix or remove it") from error
-        for item in value if is_array else [value]:
-            require(isinstance(item, dict), f"{path}, line {number}, is not a JSON object: fix or remove it")
-            objects.append({name: field for name, field in item.items() if field is not None})
-    require(objects, f"{path} is empty: it should hold JSON objects, one per line")
-    return objects
+            raise DanubeError(f"{place}, is not JSON ({error}): write one object per line") from error
+
+def csv_rows(file: BinaryIO, name: str) -> Rows:
+    """The first line of a csv file names the columns. An empty field counts as none."""
+    csv.field_size_limit(LINE_BYTES)
+    table = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    try:
+        for row in table:
+            place = f"{name}, line {table.line_num}"
+            require(None not in row, f"{place}, has more fields than the first line: quote those with commas")
+            yield place, {column: value or None for column, value in row.items()}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DanubeError(f"{name} is no UTF-8 csv file after line {table.line_num} ({error})") from error
+
+def data_set_rows(what: str, name: str, config: str = "", split: str = "train", **options: str) -> Rows:
+    """The rows of a data set, as the package datasets streams them."""
+    try:
+        import datasets
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(50)  # its errors are reported here
+        builder = datasets.load_dataset_builder(name, config or None, **options)
+        builder.config.batch_size = getattr(builder.config, "batch_size", None) or 1_000  # 0 in empty parquet
+        for number, row in enumerate(builder.as_streaming_dataset(split), start=1):
+            yield f"{what}, row {number}", row
+    except ImportError as error:
+        raise DanubeError(f"{what} needs the package datasets ({error}): pip install datasets") from error
+    except StopIteration:  # all its files are empty
+        return
+    except Exception as error:  # from the network, the format, or the names
+        raise DanubeError(f"{what} cannot be read: {error or type(error).__name__}") from error
+
+def parquet_rows(file: BinaryIO, name: str) -> Rows:
+    return data_set_rows(name, "parquet", data_files=glob.escape(name))
+
+TABLES: dict[str, Callable[[BinaryIO, str], Rows]] = {
+    ".jsonl": json_rows, ".ndjson": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+
+def table_suffix(path: str | Path) -> str:
+    """One of TABLES, or "" for another kind of file. The name may end in .gz."""
+    suffix = Path(str(path).lower().removesuffix(".gz")).suffix
+    return suffix if suffix in TABLES else ""
+
+def table_rows(path: str | Path) -> Rows:
+    """The rows of a table, one by one."""
+    suffix = table_suffix(path)
+    require(suffix, f"{path} is no table: use {', '.join(TABLES)}, perhaps with .gz")
+    with open_file(Path(path)) as file:
+        yield from TABLES[suffix](file, str(path))
+
+def read_rows(path: str | Path) -> Table:
+    """All rows of a table, each with its place. Null fields are left out."""
+    rows = []
+    for place, row in table_rows(path):
+        require(isinstance(row, dict), f"{place}, is not a JSON object: fix or remove it")
+        rows.append((place, {column: value for column, value in row.items() if value is not None}))
+    require(rows, f"{path} is empty: it should hold rows, such as JSON objects, one per line")
+    return rows
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:  # the same without places
+    return [row for _, row in read_rows(path)]
+
+# ---- Conversations
+
+def sharegpt(row: dict) -> Any:
+    roles, messages = {"human": "user", "gpt": "assistant"}, []
+    for turn in row["conversations"]:
+        role = turn.get("from")
+        messages.append({**turn, "role": roles.get(role, role), "content": turn.get("value")})
+    return messages
+
+def alpaca(row: dict) -> Any:
+    request = "\n\n".join(filter(None, [row["instruction"], row.get("input")]))
+    return completion({"prompt": request, "completion": row["output"]})
+
+def completion(row: dict) -> Any:
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+
+FORMATS: dict[str, Callable[[dict], Any]] = {  # a column that tells how a row becomes messages
+    "messages": lambda row: row["messages"],  # OpenAI's
+    "conversations": sharegpt, "instruction": alpaca, "prompt": completion}
+
+def messages_of(row: dict) -> Any:
+    """The messages of a row in one of these formats."""
+    for column, convert in FORMATS.items():
+        if row.get(column) is not None:
+            try:
+                system = {"role": "system", "content": row.get("system")}
+                return [system, *convert(row)] if system["content"] else convert(row)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise DanubeError(f"its {column} cannot be read ({error!r})") from error
+    raise DanubeError(f"it has the columns {', '.join(row)}, but no {', '.join(FORMATS)}")
 
 NOT_TEXT = ("tool_calls", "function_call", "reasoning_content")  # of messages by other programs
-
 def check_turns(messages: object, fold_system: bool = False) -> Messages:
     """The messages of a conversation, if user and assistant take turns, the user first.
 
     The published template has no place for a system message [paper]. With `fold_system` its text, followed
-    by an empty line, begins the first user message [ours].
-    """
+    by an empty line, begins the first user message [ours]."""
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
         raise DanubeError('"messages" must be a list of at least one {"role": .., "content": ..}')
     if fold_system and messages[0].get("role") == "system" and len(messages) > 1:
-        system, user, *rest = messages
-        require(isinstance(system.get("content"), str) and isinstance(user.get("content"), str),
-                "the system message, or the user's after it, has no text as its content")
-        folded = f"{system['content']}\n\n{user['content']}" if system["content"].strip() else user["content"]
-        messages = [{**user, "content": folded}, *rest]
+        system, text = messages[0].get("content"), messages[1].get("content")
+        are_texts = isinstance(system, str) and isinstance(text, str)
+        require(are_texts, "the system message, or the user's after it, has no text as its content")
+        folded = f"{system}\n\n{text}" if system.strip() else text
+        messages = [{**messages[1], "content": folded}, *messages[2:]]
     for i, message in enumerate(messages):
         expected = ("user", "assistant")[i % 2]
         require(message.get("role") != "system", "System role not supported: remove it, or train with "
                 "--system fold, which puts its text in front of the first user message")
         require(isinstance(message.get("content"), str), f"message {i + 1} has no text as its content")
-        learnt = message.get("weight", 1) and message.get("train", True)
+        learnt = 0 not in (message.get("weight"), message.get("train"))  # null counts as absent
         require(learnt and not any(map(message.get, NOT_TEXT)), f"message {i + 1} is not to be learnt, or is "
                 "more than text (tool calls, reasoning): remove it, or what is not text")
         require(message.get("role") == expected, f"message {i + 1} has the role {message.get('role')!r} "
                 f"where {expected!r} must come: user and assistant take turns, the user first")
     return messages
 
-def conversation_of(item: dict) -> object:
-    """The messages of a line: {"messages": [..]}, or {"text": .., "label": ..} as question and answer."""
-    if "messages" in item or "label" not in item:
-        return item.get("messages")
-    return [{"role": "user", "content": item.get("text")}, {"role": "assistant", "content": item["label"]}]
-
-def read_conversations(path: str | Path, fold_system: bool = False) -> list[Messages]:
-    """The conversations of a jsonl file, each as its messages."""
-    conversations = []
-    for number, item in enumerate(read_jsonl(path), start=1):
+def read_conversations(rows: Table, fold_system: bool, strict: bool) -> tuple[list[Messages], str]:
+    """The usable conversations of a table, and a note on the others. With `strict` these are an error."""
+    conversations, reason = [], ""
+    for place, row in rows:
         try:
-            conversations.append(check_turns(conversation_of(item), fold_system))
+            conversations.append(check_turns(messages_of(row), fold_system))
         except DanubeError as error:
-            raise DanubeError(f"{path}, conversation {number}: {error}") from error
-    return conversations
+            reason = reason or f"{place}: {error}"
+    left_out = len(rows) - len(conversations)
+    require(not left_out or (conversations and not strict), reason)
+    return conversations, reason and f"{left_out:,} conversations were left out, the first: {reason}"
 
 # ---- Token shards
 
@@ -234,8 +234,8 @@ class TokenData:
     def count_blocks(self, name: str, split: str) -> int:
         """The number of blocks of a source, at least 1."""
         count = self.blocks.get((name, split), 0)
-        more = ", or use a larger --val with data/prepare.py" if split == "val" else ""
-        require(count, f"{self.folder}: source {name!r} ({split}) is missing or too short: add text{more}")
+        require(count, f"{self.folder}: source {name!r} ({split}) is missing or too short: add text, or use "
+                "a larger --val with data/prepare.py")
         return count
 
     def read(self, blocks: list[tuple[str, str, int]]) -> Batch:

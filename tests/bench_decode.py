@@ -18,6 +18,7 @@ import torch  # noqa: E402
 
 import danube3  # noqa: E402
 import quantize  # noqa: E402
+from data import cli  # noqa: E402
 
 PROMPT, TOKENS = [1, 50, 60, 70, 80, 90, 100, 110], 32
 
@@ -40,7 +41,7 @@ def prepare(out, name):
 def ours(path, compiled):
     model, _ = danube3.load_checkpoint(path, fast=True)
     if compiled:
-        model.compile_decoding()
+        cli.compile_decoding(model)
 
     def decode():
         steps = danube3.generate_tokens(model, torch.tensor([PROMPT]), TOKENS + 1, temperature=1.0, seed=0)

@@ -34,14 +34,14 @@ import danube3  # noqa: E402
 import quantize  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from data import read, toy  # noqa: E402
+from data import cli, toy  # noqa: E402
 
 CONFIGS, DanubeError, Tokenizer = danube3.CONFIGS, danube3.DanubeError, danube3.Tokenizer
-count_parameters, flops_per_token = danube3.count_parameters, danube3.flops_per_token
+flops_per_token = danube3.flops_per_token
 load_checkpoint, save_checkpoint = danube3.load_checkpoint, danube3.save_checkpoint
 make_optimizer, evaluate_loss = danube3.make_optimizer, danube3.evaluate_loss
 generate, measure_decoding = danube3.generate, sample.measure_decoding
-measure_peak, pick_device, compile_model = train.measure_matmul_peak, read.pick_device, train.compile_model
+measure_peak, pick_device, compile_model = cli.measure_matmul_peak, cli.pick_device, train.compile_model
 has_compiler, compute_dtype, QuantizedLinear = danube3.has_compiler, danube3.compute_dtype, danube3.QuantizedLinear
 TRAIN_CONFIGS, read_config = danube3.TRAIN_CONFIGS, danube3.read_config
 make_toy_data, quantize_folder = toy.make, quantize.quantize_folder
@@ -54,10 +54,15 @@ def train_config(name, length, batch_size, micro=1, **changes):
     return dataclasses.replace(danube3.TRAIN_CONFIGS[name], **sizes, **changes)
 
 
-def train_step(model, optimizer, input_ids, labels, settings, step):
+def train_step(model, optimizer, input_ids, labels, settings, step, scaler=None):
     """Step number `step` of a whole run. -> loss, gradient norm"""
     rate = danube3.learning_rate(step, settings.stage_ends[-1], settings)
-    return danube3.train_step(model, optimizer, input_ids, labels, settings, rate)
+    return danube3.train_step(model, optimizer, input_ids, labels, settings, rate, scaler)
+
+
+def run_tokens(name):
+    """Tokens of a whole run of `name`."""
+    return sum(stage.tokens for stage in danube3.TRAIN_CONFIGS[name].stages)
 
 
 def new_model(config, device, checkpointing=False):
@@ -110,7 +115,10 @@ def train_command(data, out, device, steps, tiny):
 
 # ----------------------------------------------------------------------------------------- What parts share
 KINDS = ("bf16", "int8", "int4")
-DATA_SHEETS = {"H100 80GB": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}  # dense bf16 FLOP/s, bytes/s
+DATA_SHEETS = {  # part of the name: dense FLOP/s in bf16 with fp32 sums (T4: fp16), bytes/s
+    "H100 80GB": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "RTX 3090": (71e12, 936e9),
+    "RTX 4090": (165e12, 1008e9), "Tesla T4": (65e12, 320e9),
+}  # fmt: skip
 
 
 class Bench:
@@ -162,7 +170,7 @@ def ceilings(bench):
     """Matmul peak (FLOP/s) and copy bandwidth (bytes/s, read and written), measured by the first who asks."""
     kept = bench.work / "ceilings.json"
     if not kept.exists():
-        size, dtype = (8_192, torch.bfloat16) if bench.cuda else (256, torch.float32)
+        size, dtype = 8_192 if bench.cuda else 256, compute_dtype(bench.device)
         a = torch.randn(size, size, device=bench.device, dtype=dtype)
         flops = 2 * size**3 / best_time(bench, lambda: torch.mm(a, a))
         source = torch.ones(2**32 if bench.cuda else 2**24, dtype=torch.uint8, device=bench.device)
@@ -207,11 +215,12 @@ def open_both(bench, kind):
 
 # --------------------------------------------------------------------------------------------- Measurements
 def show_ceilings(bench):
-    for i, (what, unit) in enumerate((("matmul, bf16", "TFLOP/s"), ("copy", "TB/s"))):
+    dtype = compute_dtype(bench.device)
+    what_and_unit = ((f"matmul, {str(dtype).removeprefix('torch.')}", "TFLOP/s"), ("copy", "TB/s"))
+    for i, (what, unit) in enumerate(what_and_unit):
         value = ceilings(bench)[i]
         note = f"{value / bench.sheet[i]:.0%} of the data sheet" if bench.sheet else "no data sheet"
         bench.row(what, value / 1e12, unit, note=note)
-    dtype = compute_dtype(bench.device)
     bench.row("matmul, as train.py measures it", measure_peak(bench.device, dtype) / 1e12, "TFLOP/s")
 
 
@@ -291,7 +300,7 @@ def compare_perplexity(bench, kind):
 
 
 def training_speed(bench, name, mode, batch_size):
-    """Tokens a second, MFU and memory of training on random tokens, as train.py trains."""
+    """Tokens a second, MFU and memory of training on random tokens, as train.py trains. -> tokens a second"""
     config, length, what = CONFIGS[name], CONFIGS[name].max_position_embeddings, f"{name} {mode}"
     micro = TRAIN_CONFIGS[name].micro_batch_size
     settings, checkpointing, seconds = train_config(name, length, batch_size, micro), "checkpointing" in mode, []
@@ -310,29 +319,40 @@ def training_speed(bench, name, mode, batch_size):
         if not any(module._compiled_call_impl for module in model.modules()):
             return bench.row(what, note="not measured: there is no compiler")
     ids = torch.randint(3, config.vocab_size, (batch_size, length))
-    optimizer = make_optimizer(model, settings)
+    optimizer, dtype = make_optimizer(model, settings), compute_dtype(bench.device, settings.dtype)
+    scaler = torch.amp.GradScaler(bench.device.type, enabled=dtype == torch.float16)
     for step in range(5):
         if step == 2 and bench.cuda:
             torch.cuda.reset_peak_memory_stats()  # the first two warm up, and compile
         start = time.perf_counter()
-        train_step(model, optimizer, ids, ids, settings, step)
+        train_step(model, optimizer, ids, ids, settings, step, scaler)
         bench.wait()
         seconds.append(time.perf_counter() - start)
     rate = batch_size * length / sorted(seconds[2:])[1]
-    note = f"{batch_size} x {length:,} a step, the first {seconds[0]:.0f} s, checkpointing {checkpointing}"
+    note = f"{batch_size} x {length:,} a step in {dtype}, the first {seconds[0]:.0f} s"
+    note += f", checkpointing {checkpointing}"
     bench.row(f"{what}: speed", rate, "tokens/s", note=note)
-    share = 100 * rate * flops_per_token(config, length) / ceilings(bench)[0]
-    bench.row(f"{what}: MFU", share, "%", note="causal pairs, measured peak")
-    pairs = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    full = 6 * (count_parameters(config) - config.vocab_size * config.hidden_size) + pairs
-    share = 100 * rate * full / bench.sheet[0] if bench.sheet else None
-    bench.row(f"{what}: MFU", share, "%", note="full attention, data sheet's peak")
+    flops = rate * flops_per_token(config, length)
+    bench.row(f"{what}: MFU", 100 * flops / ceilings(bench)[0], "%", note="measured peak")
+    share = 100 * flops / bench.sheet[0] if bench.sheet else None
+    bench.row(f"{what}: MFU", share, "%", note="data sheet's peak")
     if not bench.cuda:
-        return bench.row(f"{what}: memory", note="not measured on a CPU")
+        bench.row(f"{what}: memory", note="not measured on a CPU")
+        return rate
     planned = sum(memory_bytes(config, settings, 1, checkpointing).values())
     peak, note = torch.cuda.max_memory_allocated(), f"reserved {torch.cuda.max_memory_reserved() / 1e9:.1f}"
     bench.row(f"{what}: memory", peak / 1e9, "GB", note=f"planned {planned / 1e9:.1f}, {note}")
     bench.row(f"{what}: memory over plan", peak / planned, limit=1.08, note="(the plan leaves 8 % free)")
+    return rate
+
+
+def training_in_full(bench, name):
+    """A size that one GPU trains in an evening, compiled, with the steps of its whole run. How long is that?"""
+    mode = "eager" if bench.tiny else "compiled"  # the part before it compiles the toy
+    rate = training_speed(bench, name, mode, TRAIN_CONFIGS[name].batch_size)
+    if rate:
+        note = f"for {run_tokens(name):,} tokens, without validation and checkpoints"
+        bench.row(f"{name}: the whole run", run_tokens(name) / rate / 3_600, "hours", note=note)
 
 
 def decoding_speed(bench, name, kind):
@@ -345,7 +365,7 @@ def decoding_speed(bench, name, kind):
             if not has_compiler():
                 return bench.row(what, note="not measured: there is no compiler")
             torch._dynamo.utils.counters.clear()
-            model.compile_decoding()
+            cli.compile_decoding(model)
         cache = new_cache(model, CONFIGS[name].max_position_embeddings)
         next_logits(model, prompt, cache)
         logits.append(torch.stack([next_logits(model, prompt[:, t : t + 1], cache) for t in range(3)]))
@@ -472,6 +492,7 @@ def all_parts(tiny):
         "logits": (100, compare_logits, kinds),
         "perplexity": (80, compare_perplexity, kinds),
         "training": (180, training_speed, [(name, mode, batch_size) for mode in modes]),
+        "training-60m": (120, training_in_full, [("toy" if tiny else "60m",)]),
         "decoding": (150, decoding_speed, [(name, kind) for kind in KINDS]),
         "int4": (60, int4_products, [(size,) for size in sizes]),
         "attention": (60, attention_used, [(name, phase) for phase in phases]),
@@ -539,7 +560,7 @@ def print_rows(result):
         value, verdict = row["value"], {True: "ok", False: "FAIL", None: ""}[row["ok"]]
         if isinstance(value, float):
             value = f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
-        line = f"{result['part']:12}{row['what']:34}{'-' if value is None else value:>9} {row['unit']:9}"
+        line = f"{result['part']:13}{row['what']:34}{'-' if value is None else value:>9} {row['unit']:9}"
         print(f"{line}{verdict:5}{row['note']}", flush=True)
 
 

@@ -19,6 +19,7 @@ from conftest import transformers_model  # noqa: E402
 
 import danube3  # noqa: E402
 import train  # noqa: E402
+from data import cli  # noqa: E402
 
 
 def our_step(config, training, ids, compiled):
@@ -77,7 +78,7 @@ def main():
             loop()
     for _ in range(args.rounds):
         for dtype in args.dtype:
-            peaks[dtype].append(train.measure_matmul_peak(torch.device("cpu"), danube3.DTYPES[dtype]))
+            peaks[dtype].append(cli.measure_matmul_peak(torch.device("cpu"), danube3.DTYPES[dtype]))
         for name, loop in loops.items():
             start = time.perf_counter()
             for _ in range(args.steps):

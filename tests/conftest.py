@@ -130,6 +130,13 @@ def one_line_error(result):
     return lines[0]
 
 
+def conversations_in(path, fold_system=False):
+    """The conversations of a file, all of which must be usable."""
+    from data import read
+
+    return read.read_conversations(read.read_rows(path), fold_system, strict=True)[0]
+
+
 SENTENCES = [
     f"{name} lives in {town}.\nShe has {n} geese;  he keeps none: \u00e9t\u00e9 \U0001f600 <s> </s> <|answer|>."
     for n, (name, town) in enumerate([("Ada", "Marrow"), ("Brook", "Ferrin"), ("Celia", "Oxley"), ("Dunn", "Pell")])

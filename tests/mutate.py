@@ -36,12 +36,15 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     multiple_choice classification answer_all generative_evaluation
     sample_sequences linears_and_inputs calibrate_model layout quantization_config
     interleave_heads gguf_blocks gguf_tensors
-    token_count positive read_jsonl check_turns conversation_of
+    token_count positive json_rows csv_rows table_suffix read_rows sharegpt alpaca completion messages_of check_turns
+    read_conversations shorten label_text Task softmax area_under_curve label_metrics labelled_conversations
+    read_examples is_labelled task_of write_probabilities adapter_base find_checkpoint
     sync locked verify_checksums read_config read_stop_ids read_tokenizer require_weights read_weights load_adapters
-    load_checkpoint cut file_rows documents_of Source encode encode_all spool select write_shards
+    load_checkpoint cut text_rows documents_of Source encode encode_all spool select write_shards
     tokens_needed""".split()
-MODULES = ("danube3", "train", "sample", "quantize", "data.read", "data.prepare")  # which hold them
-FILES = "building_blocks twins model data config tokenizer training checkpoint field chat quantize prepare".split()
+MODULES = "danube3 train sample quantize data.read data.cli data.classify data.prepare".split()  # which hold them
+FILES = """building_blocks twins model data config tokenizer training checkpoint field chat quantize prepare
+    classify""".split()
 FAST_TESTS = [f"tests/test_{name}.py" for name in FILES]
 SLOW = """published 4b twenty fifty command kill interrupt resum overwritten flags finite compiled validation
     micro_batch_size_may sample plan pipe ctrl fp16 half_precision peft warm cannot help scores cache_of_one

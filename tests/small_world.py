@@ -24,7 +24,7 @@ import danube3
 import quantize
 import sample
 import train
-from data import prepare, read
+from data import cli, prepare
 
 
 # ---- What programs leave
@@ -92,7 +92,7 @@ class World:
             danube3.CONFIGS["toy"], hidden_size=64, intermediate_size=96, num_hidden_layers=1, head_dim=32,
             vocab_size=320, max_position_embeddings=128)
         danube3.round = lambda *number: 0  # speeds are not compared
-        train.measure_matmul_peak = lambda device, dtype: 1.0
+        cli.measure_matmul_peak = lambda device, dtype: 1.0
         train.plot_curves = lambda out, config: None  # half a second
         for self.seed in (1, 0):  # stays 0
             write_lines(folder / f"texts{self.seed}/lines.jsonl", self.seed)
@@ -120,7 +120,7 @@ class World:
             sys.argv = [*command, *map(str, more)]
             if before:
                 before()
-            read.run_command(MAIN[command[0]])
+            cli.run_command(MAIN[command[0]])
         process = multiprocessing.get_context("fork").Process(target=child)
         process.printed = tempfile.TemporaryFile()
         process.start()

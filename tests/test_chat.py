@@ -19,13 +19,23 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ROOT, SENTENCES, TINY, call, one_line_error, random_model, run, transformers_model
+from conftest import (
+    ROOT,
+    SENTENCES,
+    TINY,
+    call,
+    conversations_in,
+    one_line_error,
+    random_model,
+    run,
+    transformers_model,
+)
 
 import danube3
 import quantize
 import sample
 import train
-from data.read import TokenData, read_conversations, read_jsonl
+from data.read import TokenData, read_jsonl
 
 TALKS = [
     [("Where does Ada live?", "Ada lives in Marrow.")],
@@ -49,7 +59,7 @@ def write_jsonl(path, items):
 def encode_file(path, tokenizer, context, fold_system=False):
     """A file of conversations as train.py reads and encodes it. -> sequences [2, T] in its order, summary"""
     config = danube3.TrainConfig(batch_size=1, micro_batch_size=1, learning_rate=1.0)
-    data = danube3.ChatData(read_conversations(path, fold_system), tokenizer, context, config)
+    data = danube3.ChatData(conversations_in(path, fold_system), tokenizer, context, config)
     shuffled = data.held_out + data.sequences
     places = [danube3.permuted_index(i, len(shuffled), "split") for i in range(len(shuffled))]
     return [shuffled[places.index(i)] for i in range(len(shuffled))], data.summary
@@ -165,7 +175,7 @@ def test_what_follows_the_last_target_is_not_computed(tokenizer):
 def test_batches_of_conversations(tokenizer, chat_file):
     """Each epoch takes every conversation once, in an order of its own. Those held out never come."""
     config = danube3.TrainConfig(batch_size=5, micro_batch_size=5, learning_rate=1.0)
-    data = danube3.ChatData(read_conversations(chat_file), tokenizer, 256, config, 3)
+    data = danube3.ChatData(conversations_in(chat_file), tokenizer, 256, config, 3)
     assert len(data.sequences) == 38 and len(data.held_out) == 2 and data.config.batch_size == 5
     stages = [data.stage(step) for step in range(data.total_steps)]
     assert stages == ["epoch 1"] * 8 + ["epoch 2"] * 8 + ["epoch 3"] * 7
@@ -338,7 +348,7 @@ def test_peft_opens_our_adapters_and_we_open_its(base, tmp_path):
     with pytest.raises(danube3.DanubeError, match="adapter_config.json is not plain LoRA: merge"):
         danube3.load_checkpoint(tmp_path / "pissa")
     save_adapters(tmp_path / "upon", model, tmp_path / "adapter")
-    with pytest.raises(danube3.DanubeError, match="holds adapters to .*: put that checkpoint there"):
+    with pytest.raises(danube3.DanubeError, match="upon: its base .*adapter holds adapters too: use --merge"):
         danube3.load_checkpoint(tmp_path / "upon")
 
 
@@ -356,8 +366,8 @@ def test_peft_opens_our_adapters_and_we_open_its(base, tmp_path):
         ({"r": 0}, r"adapter_config\.json: r or lora_alpha is wrong"),
         ({"lora_alpha": "16"}, r"adapter_config\.json is missing or damaged \(must be real number, not str\)"),
         ({"lora_alpha": math.nan}, r"adapter_config\.json.*\b(r|lora_alpha)\b"),
-        ({"base_model_name_or_path": "/nowhere"}, "adapters to /nowhere: put that checkpoint there"),
-        ({"base_model_name_or_path": None}, "adapters to None"),
+        ({"base_model_name_or_path": "/nowhere"}, r"adapters to a base elsewhere \(give --base\): /nowhere does not"),
+        ({"base_model_name_or_path": None}, "None does not exist"),
     ],
 )
 def test_adapters_that_cannot_be_used(change, words, base, tmp_path):
@@ -376,7 +386,7 @@ def start(out, base, tokenizer, chat_file, lora, resume=False):
     model, _ = danube3.load_checkpoint(base)
     config = dataclasses.replace(train.sft_config(model.config, bool(lora)), batch_size=8, save_every=3)
     context = model.config.max_position_embeddings
-    data = danube3.ChatData(read_conversations(chat_file), tokenizer, context, config, 2)
+    data = danube3.ChatData(conversations_in(chat_file), tokenizer, context, config, 2)
     if lora:
         danube3.add_lora(model, lora, 0)
     return danube3.Trainer(out, model, tokenizer, data, resume, base)
@@ -571,9 +581,9 @@ def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
     [
         ('{"messages": [}', r"chat.jsonl, line 2, is not JSON"),
         ("[1]", r"chat.jsonl, line 2, is not a JSON object"),
-        ('{"messages": []}', r'conversation 2: "messages" must be a list of at least one'),
-        ('{"text": "x"}', r'conversation 2: "messages" must be a list'),
-        ('{"messages": ["x"]}', r'conversation 2: "messages" must be a list'),
+        ('{"messages": []}', r'chat.jsonl, line 2: "messages" must be a list of at least one'),
+        ('{"text": "x"}', r"line 2: it has the columns text, but no messages, conv"),
+        ('{"messages": ["x"]}', r'line 2: "messages" must be a list'),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "message 1 has the role 'assistant' where 'user'"),
         (
             '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "x"}]}',
@@ -588,9 +598,8 @@ def test_a_chat_run_from_the_command_line(toy_data, tmp_path):
 def test_conversations_that_cannot_be_read(content, words, long_base, tmp_path):
     good = json.dumps({"messages": messages_of(TALKS[0])})
     (tmp_path / "chat.jsonl").write_text(f"{good}\n{content}\n{good}\n")
-    result = call(
-        "train.py", "--chat", tmp_path / "chat.jsonl", "--init", long_base, "--out", tmp_path / "out", "--dry-run"
-    )
+    flags = ("--chat", tmp_path / "chat.jsonl", "--init", long_base, "--out", tmp_path / "out", "--dry-run")
+    result = call("train.py", *flags, "--strict")
     if words is None:
         assert result.returncode == 0 and "2 conversations" in result.stdout, result.stderr
     else:

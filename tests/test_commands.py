@@ -17,10 +17,12 @@ import shutil
 import subprocess
 import sys
 
+import bench_classify
 import pytest
 from conftest import ROOT, call
 
 import danube3
+from data.read import check_turns
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +33,7 @@ NAMES = {
     "FILE": "out/model.gguf",
     "SHARDS": "data/mine",
     "conversations.jsonl": "data/toy/chat.jsonl",
+    "4b-int4": "out/toy-chat-int4",
     "MERGED": "out/merged",
     "[": "",
     "]": "",
@@ -38,8 +41,8 @@ NAMES = {
 # A pattern of commands, and what makes such a command short.
 BUDGETS = (
     (r"^python train.py( --seed|$)", "--tokens 4k"),
-    (r"--epochs 8", "--epochs 1"),
-    (r"--config (500m|4b)(?!.*--layers)(?!.*--dry-run)", "--dry-run"),
+    (r"--epochs [238]", "--epochs 1"),
+    (r"--config (60m|500m|4b)(?!.*--layers)(?!.*--dry-run)", "--dry-run"),
     (r"--layers 2 --sequence-length", "--layers 1 --tokens 256 --tokens-per-step 128"),
     (r"--calibrate", "--samples 8"),
 )
@@ -47,6 +50,7 @@ ELSEWHERE = {
     r"--open": "streams from the internet: test_prepare.py runs it with data sets of its own",
     r"^python -m pytest": "this is it",
     r"--csv out/": "trains for 40 minutes: test_experiment.py does one short run",
+    r"out/experiment-toy": "needs those runs: test_arena.py compares small models",
     r"^python tests/(bench_\w+|mutate|campaign|exercises).py": "takes minutes, or other packages",
 }
 
@@ -57,7 +61,7 @@ def commands():
     blocks = "".join(re.findall(r"^ {4}.*\n", text, re.M))
     lines = re.sub(r"\\\n\s*", "", blocks).splitlines()
     lines += re.findall(r"`([^`]+)`", text.replace("\n", " "))
-    starts = re.compile(r"(?:/usr/bin/time -v )?((?:python|torchrun|pip|echo|hf) .*)")
+    starts = re.compile(r"(?:/usr/bin/time -v )?((?:python|torchrun|pip|echo|hf|llama-server|curl) .*)")
     parts = [" ".join(part.split()) for line in lines for part in line.split(" && ")]
     found = [starts.fullmatch(part) for part in parts]
     return list(dict.fromkeys(match[1].replace(" \\|", " |") for match in found if match))
@@ -76,6 +80,9 @@ def workspace(tmp_path_factory, toy_data):
     shutil.copytree(toy_data, folder / "data" / "toy", ignore=shutil.ignore_patterns("SHA256SUMS"))
     for path in (folder / "data" / "toy").glob("*.jsonl"):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:24]))
+    bench_classify.write_preferences(folder / "out/preferences", 0)
+    for path in (folder / "out" / "preferences").glob("*.csv"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:25]))
     words = [
         f"The {a} {b} of the {c}."
         for a in "old new red".split()
@@ -95,6 +102,12 @@ def workspace(tmp_path_factory, toy_data):
             json.dumps({"messages": [*talk, {"role": "user", "content": str(n)}, talk[1]]}) + "\n" for n in range(200)
         )
     )
+    talk = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    rows = [talk, {"instruction": "Hi", "output": "Ho"}, {"prompt": "Hi", "completion": "Ho"}, {"messages": None}]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    for name in ("reviews.csv", "more.csv"):
+        lines = [f"The mill was {word},{stars}\n" for word, stars in (("old", 2), ("new", 5)) for _ in range(9)]
+        (folder / name).write_text("".join(["review,stars\n", *lines]))
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
@@ -138,10 +151,24 @@ def check_download(command, workspace):
     assert result.returncode == 0 and "out/500m-chat" in result.stdout, result.stderr
 
 
+def check_server(command, workspace):
+    """The file is there, or the request is a conversation. (tests/bench_server.py asks a server.)"""
+    program, *parts = shlex.split(command)
+    if program == "llama-server":
+        assert parts[0] == "-m" and (workspace / parts[1]).read_bytes().startswith(b"GGUF")
+        return
+    address, *rest = parts
+    flags = dict(zip(rest[::2], rest[1::2], strict=True))
+    assert address.endswith("/v1/chat/completions") and flags["-H"] == "Content-Type: application/json"
+    assert len(check_turns(json.loads(flags["-d"])["messages"])) == 1
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command(command, workspace, monkeypatch):
     if command.startswith("pip "):
         return check_packages(command)
+    if command.startswith(("llama-server ", "curl ")):
+        return check_server(command, workspace)
     if command.startswith("hf "):
         return check_download(command, workspace)
     if any(re.search(pattern, command) for pattern in ELSEWHERE):
@@ -156,8 +183,9 @@ def test_command(command, workspace, monkeypatch):
         command = f"{command.replace(torchrun[0], 'python ')} --gpus {gpus}"
     budget = " ".join(flags for pattern, flags in BUDGETS if re.search(pattern, command))
     _, program, *flags = shlex.split(f"{command} {budget}")
-    if "out/model" in command and not (workspace / "out/model").exists():
+    if not (workspace / "out/model").exists() and re.search("out/model|h2oai/", command):
         shutil.copytree(workspace / "out/toy-chat", workspace / "out/model")
+    monkeypatch.setattr(danube3, "download", lambda name: workspace / "out/model")  # a published model
     monkeypatch.setattr(sys, "stdin", io.StringIO(said.removeprefix("echo ") or "Where does Ada live?\n"))
     result = call(program, *flags, folder=workspace)
     assert result.returncode == 0, f"{command}\n{result.stderr}"

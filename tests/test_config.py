@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, call, one_line_error, random_model
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import danube3
 import quantize
 import train
-from data.read import short_count, token_count
+from data.cli import short_count, token_count
 
 
 @pytest.mark.parametrize("name, parameters", [("500m", 513_590_784), ("4b", 3_961_839_360)])
@@ -249,11 +250,13 @@ def test_memory_of_several_gpus():
     assert unsharded == 2 * danube3.count_parameters(half) + 4 * ends
     plain, checkpointed = (train.memory_bytes(config, training, checkpointing=on) for on in (False, True))
     layer = plain["activations"] / 24
-    assert checkpointed["activations"] == layer + 24 * 8192 * 4 * D
+    assert checkpointed["activations"] == 24 * 8192 * 4 * D
     assert plain["weights (compute copy)"] == 2 * n
-    assert {name: size for name, size in plain.items() if "act" not in name} == {
-        name: size for name, size in checkpointed.items() if "act" not in name
-    }
+    others = [{name: size for name, size in each.items() if "act" not in name} for each in (plain, checkpointed)]
+    assert others[0] == others[1] and layer < plain["logits"] == 12 * 4096 * 32_000
+    half, one = danube3.CONFIGS["500m"], dataclasses.replace(training, micro_batch_size=8)
+    plain, checkpointed = (train.memory_bytes(half, one, checkpointing=on) for on in (False, True))
+    assert checkpointed["logits"] == plain["activations"] / 16 > plain["logits"]  # a layer is recomputed without them
 
 
 def test_what_fits():
@@ -274,7 +277,7 @@ def test_what_fits():
     with pytest.raises(danube3.DanubeError, match="take --micro-batch-size 1"):
         train.choose_checkpointing(half[0], dataclasses.replace(half[1], micro_batch_size=64), "auto", 16e9)
     with pytest.raises(danube3.DanubeError, match="--chat with --lora"):
-        train.choose_checkpointing(*four, "auto", 8e9)
+        train.choose_checkpointing(*four, "auto", 2e9)
 
 
 def test_activations_and_logits_of_500m():
@@ -286,6 +289,107 @@ def test_activations_and_logits_of_500m():
     assert memory["logits"] == 3 * 4 * 4_096 * 32_000
     short = dataclasses.replace(training, sequence_length=100)
     assert train.memory_bytes(config, short)["logits"] == 3 * 4 * 400 * 32_000
+
+
+def frozen(config, bits, rank=16):
+    """What LoRA freezes of a model whose linear layers have so many bits, without its weights."""
+    with torch.device("meta"):
+        model = danube3.Danube3(config).bfloat16()
+        packed = {}
+        for name, width in quantize.layout(config, bits).items() if bits < 16 else ():
+            linear = model.get_submodule(name)
+            packed[f"{name}.weight_packed"] = torch.empty(linear.out_features, linear.in_features * width // 8)
+        danube3.use_quantized_modules(model, packed)
+    return train.frozen_part(model, rank)
+
+
+def test_memory_of_adapters_by_hand():
+    """For 4b: rank 16 on seven linear layers in each of 24; the weights as they are stored; two norms' vectors less."""
+    config, training = danube3.CONFIGS["4b"], danube3.TRAIN_CONFIGS["4b"]
+    D, I, H, K, n = 3840, 10240, 32 * 120, 8 * 120, danube3.count_parameters(danube3.CONFIGS["4b"])
+    adapters = 24 * 16 * ((D + H) + 2 * (D + K) + (H + D) + 3 * (D + I))
+    lora, qlora = (train.memory_bytes(config, training, frozen=frozen(config, bits)) for bits in (16, 4))
+    for memory in (lora, qlora):
+        assert memory["weights (fp32)"] == memory["gradients (fp32)"] == 4 * adapters
+        assert memory["AdamW moments (fp32)"] == 8 * adapters and memory["weights (compute copy)"] == 2 * adapters
+        per_token = 2 * 4 * D + 2 * (2 * D + 2 * H + 2 * K + 4 * I + 7 * 16)
+        assert memory["activations"] == 8192 * 24 * per_token
+    ends, block = 32_000 * D, 4096 * 32_000
+    norms = 49 * D
+    assert lora["frozen weights"] == 2 * n and lora["logits"] == 12 * block
+    widths = quantize.layout(config, 4)
+    codes = 2 * (ends + norms)
+    for name, bits in widths.items():
+        size = math.prod(danube3.Danube3.new(config, 0, "meta").get_submodule(name).weight.shape)
+        codes += size * bits // 8 + 2 * size // 32
+    assert qlora["frozen weights"] == codes and qlora["logits"] == 12 * block
+    short = dataclasses.replace(training, sequence_length=512)
+    short = train.memory_bytes(config, short, frozen=frozen(config, 4))
+    assert short["logits"] == 2 * 512 * 32_000 + 6 * ends > 12 * 512 * 32_000  # the head, dequantized
+    two = train.memory_bytes(config, dataclasses.replace(training, batch_size=2), 2, frozen=frozen(config, 16))
+    layer = (n - 2 * ends) // 24
+    assert two["frozen weights"] == n and two["unsharded"] == 2 * (2 * ends + 2 * layer)
+    two = train.memory_bytes(config, dataclasses.replace(training, batch_size=2), 2, frozen=frozen(config, 4))
+    assert two["unsharded"] == 2 * ends and two["frozen weights"] == codes - (ends + norms)
+
+
+def test_what_fits_a_t4():
+    """Of 16 GB, one conversation of 2,048 tokens at a time."""
+    training = danube3.TrainConfig(16, 1, 1e-4, sequence_length=2048)
+    for name, bits, checkpointing in (("500m", 16, False), ("500m", 4, False), ("4b", 16, True), ("4b", 4, False)):
+        config = danube3.CONFIGS[name]
+        part = frozen(config, bits)
+        assert train.choose_checkpointing(config, training, "auto", 16e9, 1, part) is checkpointing
+    with pytest.raises(danube3.DanubeError, match="training needs 72.9 GB"):
+        train.choose_checkpointing(config, training, "auto", 16e9)
+    with pytest.raises(danube3.DanubeError, match="a shorter --sequence-length, or --chat with --lora and"):
+        train.choose_checkpointing(config, training, "auto", 2e9, 1, part)
+
+
+def peak_of(step):
+    """The largest sum of bytes that a step has allocated and not freed, as the profiler records it."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    return int(allocated.max())
+
+
+@pytest.mark.parametrize("rank, bits, dtype, checkpointing, length", [
+    (0, 16, "float32", False, 512), (0, 16, "float32", True, 512), (0, 16, "bfloat16", False, 512),
+    (16, 16, "float32", False, 512), (16, 16, "bfloat16", False, 512), (16, 4, "bfloat16", False, 512),
+    (16, 4, "bfloat16", True, 512), (16, 4, "bfloat16", True, 64), (16, 4, "float32", False, 64),
+])  # fmt: skip
+def test_the_plan_against_measured_peaks(rank, bits, dtype, checkpointing, length):
+    """Within 10 %: weights, moments and the peak of a step of two micro-batches, in the proportions of 500m."""
+    config = danube3.DanubeConfig(192, 512, 6, 8, 4, 24, 0.02, vocab_size=1_024)
+    training = danube3.TrainConfig(2, 1, 1e-4, sequence_length=length, dtype=dtype)
+    model = danube3.Danube3.new(config, 0).to(danube3.DTYPES[dtype] if rank else torch.float32)
+    if bits < 16:
+        packed = {}
+        for name, width in quantize.layout(config, bits).items():
+            weight = model.get_submodule(name).weight
+            codes, scales = danube3.quantize_int8(weight) if width == 8 else danube3.quantize_int4(weight)
+            packed |= {f"{name}.weight_packed": danube3.pack(codes, width), f"{name}.weight_scale": scales}
+        state = {name: weight for name, weight in model.state_dict().items() if not name.endswith("proj.weight")}
+        del state["lm_head.weight"]
+        danube3.use_quantized_modules(model, packed).load_state_dict(state | packed)
+    plan = train.memory_bytes(config, training, 1, checkpointing, train.frozen_part(model, rank))
+    if rank:
+        danube3.add_lora(model, rank, 0)
+    if checkpointing:
+        danube3.use_activation_checkpointing(model)
+    optimizer = danube3.make_optimizer(model, training)
+    ids = torch.randint(3, config.vocab_size, (2, length))
+
+    def step():
+        danube3.train_step(model, optimizer, ids, ids, training, 1e-4)
+
+    step()
+    measured = peak_of(step) + sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    measured += sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    print(f"planned {sum(plan.values()):,}, measured {measured:,}: {measured / sum(plan.values()):.3f}")
+    assert 0.9 < measured / sum(plan.values()) < 1.1
 
 
 def test_fp32_takes_twice_the_activations():
@@ -322,7 +426,7 @@ def test_adapters_ask_for_what_they_need(gigabytes, on, monkeypatch):
         model.model.layers[0].mlp.up_proj = danube3.LoRALinear(linear, 16)
     training = danube3.TRAIN_CONFIGS["4b"]
     assert (training.sequence_length, training.micro_batch_size) == (8192, 1)
-    train.set_activation_checkpointing(model, training, "auto", torch.device("cuda"))
+    train.set_activation_checkpointing(model, training, "auto", torch.device("cuda"), 16)
     assert {"forward" in vars(layer) for layer in model.model.layers} == {on}
 
 

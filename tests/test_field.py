@@ -12,12 +12,12 @@ import pytest
 import safetensors.torch
 import sentencepiece
 import torch
-from conftest import SENTENCES, TINY, call, one_line_error, random_model
+from conftest import SENTENCES, TINY, call, conversations_in, one_line_error, random_model
 
 import danube3
 import quantize
 import sample
-from data import read
+from data import cli
 
 EVEN = dataclasses.replace(TINY, hidden_size=64, intermediate_size=96, head_dim=16)  # can be quantized
 TALKS = [
@@ -428,7 +428,7 @@ def test_row_9_byte_order_marks(content, folder, tokenizer):
         write_jsonl(plain, content)
     marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
     if content == TALKS:
-        assert read.read_conversations(marked) == read.read_conversations(plain)
+        assert conversations_in(marked) == conversations_in(plain)
         return
     results = [call("sample.py", folder, "--eval", path).stdout for path in (plain, marked)]
     assert results[0] == results[1] != ""
@@ -453,18 +453,18 @@ def test_row_11_arrays_of_questions(name, layout, folder):
 def test_row_11_arrays_of_conversations(folder):
     path = folder.parent / "chat.json"
     path.write_text(json.dumps(TALKS, indent=2))
-    assert read.read_conversations(path) == [talk["messages"] for talk in TALKS]
+    assert conversations_in(path) == [talk["messages"] for talk in TALKS]
     path.write_text(json.dumps([*TALKS, "text"]))
     with pytest.raises(danube3.DanubeError, match="chat.json, line 1, is not a JSON object"):
-        read.read_conversations(path)
+        conversations_in(path)
 
 
 def test_row_12_empty_columns(folder):
     """Tables turned into JSON lines have all columns in each line: what is null is not there."""
     full = [{"text": None, "label": None, "choices": None, **talk} for talk in TALKS]
-    assert read.read_conversations(write_jsonl(folder.parent / "t.jsonl", full)) == [t["messages"] for t in TALKS]
+    assert conversations_in(write_jsonl(folder.parent / "t.jsonl", full)) == [t["messages"] for t in TALKS]
     also = [{"text": "", **talk} for talk in TALKS]
-    assert read.read_conversations(write_jsonl(folder.parent / "t.jsonl", also)) == [t["messages"] for t in TALKS]
+    assert conversations_in(write_jsonl(folder.parent / "t.jsonl", also)) == [t["messages"] for t in TALKS]
     questions = [{"messages": None, "label": None, **question} for question in QUESTIONS]
     path = write_jsonl(folder.parent / "q.jsonl", questions)
     assert call("sample.py", folder, "--eval", path).stdout == PROGRAMS["evaluate"](folder).stdout
@@ -734,8 +734,9 @@ def test_messages_that_are_more_than_text(extra, folder):
     """axolotl 1703, minimind 737: an answer that is not to be learnt, or only a part of what was said."""
     talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here.", **extra}]
     path = write_jsonl(folder.parent / "chat.jsonl", [*TALKS, {"messages": talk}])
-    assert "conversation 9: message 2 is not to be learnt" in one_line_error(PROGRAMS["fine-tune"](folder))
-    harmless = {"weight": 1, "train": True, "tool_calls": None, "reasoning_content": "", "name": "Ada"}
+    with pytest.raises(danube3.DanubeError, match="chat.jsonl, line 9: message 2 is not to be learnt"):
+        conversations_in(path)
+    harmless = {"weight": None, "train": None, "tool_calls": None, "reasoning_content": "", "name": "Ada"}
     talk[1] = {"role": "assistant", "content": "Here.", **harmless}
     write_jsonl(path, [*TALKS, {"messages": talk}])
     assert PROGRAMS["fine-tune"](folder).returncode == 0
@@ -746,13 +747,13 @@ def test_an_empty_system_message(system, tmp_path):
     """pydantic-ai 2678: nothing is put in front of the question."""
     messages = [{"role": "system", "content": system}, *TALKS[0]["messages"]]
     path = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages}])
-    assert read.read_conversations(path, fold_system=True) == [TALKS[0]["messages"]]
+    assert conversations_in(path, fold_system=True) == [TALKS[0]["messages"]]
 
 
 def test_conversations_with_a_label(tmp_path):
     """Scored conversations: the messages are the conversation."""
     path = write_jsonl(tmp_path / "t.jsonl", [{**TALKS[0], "label": True}])
-    assert read.read_conversations(path) == [TALKS[0]["messages"]]
+    assert conversations_in(path) == [TALKS[0]["messages"]]
 
 
 @pytest.mark.parametrize("answer, text, right", [
@@ -821,4 +822,4 @@ def test_adapters_on_the_head(adapters):
 @pytest.mark.parametrize("number, text", [(999_499, "999k"), (999_999, "1M"), (999_600_000, "1B"), (999, "999")])
 def test_counts_that_round_up(number, text):
     """They are read again: data/prepare.py prints a command with such a count."""
-    assert read.short_count(number) == text and read.token_count(text)
+    assert cli.short_count(number) == text and cli.token_count(text)

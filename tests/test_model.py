@@ -10,6 +10,7 @@ from conftest import TINY, random_model, transformers_model
 import danube3
 import sample
 import train
+from data import cli
 
 WIDE = dataclasses.replace(danube3.CONFIGS["4b"], num_hidden_layers=2, vocab_size=1_000)  # 0.3 billion parameters
 
@@ -343,7 +344,7 @@ def test_compiled_decoding_is_plain_decoding(bits):
     expected = danube3.generate(model, prompts[:1], 15), danube3.generate(model, prompts[1:], 3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model.compile_decoding()
+    cli.compile_decoding(model)
     assert torch.equal(danube3.generate(model, prompts[:1], 15), expected[0])
     assert torch.equal(danube3.generate(model, prompts[1:], 3), expected[1])
     for length in (3, 9, 14):  # one token of a prompt is left, in another memory layout each time
@@ -414,8 +415,8 @@ def test_what_is_compiled(wish, device, config, expected, monkeypatch):
     arguments = torch.device(device), danube3.CONFIGS[config]
     for found in (True, False):
         monkeypatch.setattr(danube3, "has_compiler", lambda found=found: found)
-        assert danube3.shall_compile(wish, *arguments) == (expected and (found or wish is not None))
-        assert danube3.shall_compile(False, *arguments) is False
+        assert cli.shall_compile(wish, *arguments) == (expected and (found or wish is not None))
+        assert cli.shall_compile(False, *arguments) is False
 
 
 def test_what_torch_compile_needs(monkeypatch):

@@ -22,7 +22,9 @@ from conftest import ROOT, TINY, NoData, call, digest, one_line_error, random_mo
 
 import danube3
 import train
-from data.read import TokenData, pick_dtype
+from data import cli
+from data.cli import pick_dtype
+from data.read import TokenData
 
 SMALL = ("--tokens", "20480", "--device", "cpu")  # 20 steps of 1,024 tokens: 10, 5 and 5 in the three stages
 
@@ -320,7 +322,7 @@ def test_a_run_is_not_overwritten(undisturbed, toy_data, flags, words):
         (["--data", "nowhere"], "no data at nowhere"),
         (["--config", "500m", "--tokens", "10G"], "no token count"),
         (["--frobnicate"], "--frobnicate"),
-        (["--sequence-length", "512", "--micro-batch-size", "1"], "--sequence-length 512: the context of toy is 256"),
+        (["--sequence-length", "512", "--micro-batch-size", "1"], "--sequence-length 512: the context of the model is"),
         (["--tokens-per-step", "1000"], "no whole number of sequences of 128: use --tokens-per-step 896"),
     ],
 )
@@ -535,7 +537,7 @@ def test_a_skipped_step_leaves_weights_and_moments():
 def test_the_peak_is_measured_in_bounded_time(dtype):
     """In every type: a CPU without fp16 needs 42 s for one product of 2,048 x 2,048."""
     start = time.monotonic()
-    peak = train.measure_matmul_peak(torch.device("cpu"), dtype)
+    peak = cli.measure_matmul_peak(torch.device("cpu"), dtype)
     assert time.monotonic() - start < 3
     a = torch.ones(128, 128, dtype=dtype)
     small = min(timeit.repeat(lambda: a @ a, number=1, repeat=20))
@@ -570,7 +572,7 @@ def handlers():
 
 
 def test_two_interrupts_end_the_program(handlers):
-    interrupts = train.catch_interrupts(1)
+    interrupts = cli.catch_interrupts(1)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.01)
     assert interrupts == [signal.SIGINT]
@@ -599,7 +601,7 @@ def test_interrupt_handlers_are_put_back(handlers, toy_data, tmp_path, monkeypat
 
 def test_interrupts_under_torchrun(handlers):
     """Torchrun passes one Ctrl-C on several times, and sends SIGTERM when another process has failed."""
-    interrupts = train.catch_interrupts(2)
+    interrupts = cli.catch_interrupts(2)
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
