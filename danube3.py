@@ -1133,7 +1133,7 @@ def download(name: str) -> Path:  # from the Hugging Face Hub, or its cache, to 
 def find_checkpoint(path: str | Path) -> Path:
     """`path` if it is a checkpoint, else the newest in it, or a published model of this name."""
     path = Path(path)
-    if len(path.parts) == 2 and path.parts[0] != "out" and not path.parent.exists():
+    if len(path.parts) == 2 and path.parts[0] != "out" and not path.parent.exists():  # owner/name
         path = download(path.as_posix())
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return path

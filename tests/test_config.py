@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bench_memory import stored_model
 from conftest import TINY, call, one_line_error, random_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -293,14 +294,7 @@ def test_activations_and_logits_of_500m():
 
 def frozen(config, bits, rank=16):
     """What LoRA freezes of a model whose linear layers have so many bits, without its weights."""
-    with torch.device("meta"):
-        model = danube3.Danube3(config).bfloat16()
-        packed = {}
-        for name, width in quantize.layout(config, bits).items() if bits < 16 else ():
-            linear = model.get_submodule(name)
-            packed[f"{name}.weight_packed"] = torch.empty(linear.out_features, linear.in_features * width // 8)
-        danube3.use_quantized_modules(model, packed)
-    return train.frozen_part(model, rank)
+    return train.frozen_part(stored_model(config, bits), rank)
 
 
 def test_memory_of_adapters_by_hand():
