@@ -54,6 +54,25 @@ def test_what_the_readme_says_of_the_experiment():
     assert f"{results['statements']['constant'][0]:.1%}".replace("%", " %") in DATA
 
 
+def test_what_the_readme_says_of_the_repeated_runs():
+    first = experiment.analysis(experiment.read_rows(ROOT / "data" / "experiment.csv"))
+    again = experiment.analysis(experiment.read_rows(ROOT / "data" / "experiment-repeated.csv"))
+    reverse = {name: cells["reversed - constant"] for name, cells in again.items()}
+    lower_is_better = {name for name in again if name.startswith("loss") or name == "rumours"}
+    worse = {name for name, (mean, _) in reverse.items() if (mean > 0) == (name in lower_is_better)}
+    assert worse == set(again) - {"loss_web"}
+    assert sum(abs(mean) > half for name, (mean, half) in reverse.items() if name in worse) == 9
+    for results, quiz, turn in ((first, "-2.0 ± 5.5", "5.0 ± 6.0"), (again, "5.9 ± 5.1", "6.9 ± 4.0")):
+        for name, text in (("quiz", quiz), ("chat_first", turn)):
+            mean, half = results[name]["staged - constant"]
+            assert text == f"{100 * mean:.1f} ± {100 * half:.1f}" and text in one_line(DATA)
+        losses = {name: cells["staged - constant"] for name, cells in results.items() if name.startswith("loss")}
+        higher = {name.removeprefix("loss_") for name, (mean, half) in losses.items() if mean > half}
+        assert higher == {"web", "academic", "synthetic", "other"}
+    others = [again[name]["staged - constant"] for name in ("statements", "rumours", "chat_second")]
+    assert all(abs(mean) < half for mean, half in others)
+
+
 def test_what_the_readme_says_of_the_second_world():
     """The sentences under the second table."""
     rows = experiment.read_rows(ROOT / "data" / "experiment-rumours.csv")
