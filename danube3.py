@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sized
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -386,6 +386,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 # which processes each token alone. A branch reads a normalized copy ("pre-norm"). The head turns
 # each output vector into V **logits**, a score for each next token.
 
+class LayerCache(NamedTuple):
+    """What one layer reads, and where it writes."""
+    keys: Tensor       # [B, K, S, h]
+    values: Tensor     # [B, K, S, h]
+    positions: Tensor  # [T]
+    static: bool
+
 class KVCache:
     """Keys (rotated) and values of all tokens so far, each computed once.
 
@@ -403,21 +410,13 @@ class KVCache:
         **static shapes** attention reads a power of two of positions, and a mask hides empty ones."""
         end = self.length + count
         self.positions = torch.arange(self.length, end, device=self.keys[0].device)  # [T]
-        if static and not self.static:
-            for buffer in self.keys + self.values:  # CUDA graphs need fixed addresses
-                torch._dynamo.mark_static_address(buffer, guard=False)
         self.size, self.static = end, static
         if static:
             self.size = min(self.keys[0].shape[2], max(256, 1 << (end - 1).bit_length()))  # [ours]
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store new k and v [B, K, T, h]. -> all keys and values, 2 x [B, K, S, h]; mask [T, S] or None"""
-        keys, values, mask = self.keys[layer], self.values[layer], None  # [B, K, max_length, h]
-        keys.index_copy_(2, self.positions, k)  # fails if they do not fit
-        values.index_copy_(2, self.positions, v)
-        if self.static:
-            mask = torch.arange(self.size, device=keys.device) <= self.positions[:, None]  # [T, S]
-        return keys[:, :, :self.size], values[:, :, :self.size], mask
+    def layer(self, i: int) -> LayerCache:
+        keys, values = self.keys[i][:, :, :self.size], self.values[i][:, :, :self.size]
+        return LayerCache(keys, values, self.positions, self.static)
 
 class RMSNorm(nn.Module):
     def __init__(self, config: DanubeConfig):
@@ -431,11 +430,11 @@ class RMSNorm(nn.Module):
         return x
 
 class Attention(nn.Module):
-    def __init__(self, config: DanubeConfig, layer: int):
+    def __init__(self, config: DanubeConfig):
         super().__init__()
         D, h = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim = layer, h
+        self.head_dim = h
         self.q_proj = nn.Linear(D, H * h, bias=False)
         self.k_proj = nn.Linear(D, K * h, bias=False)
         self.v_proj = nn.Linear(D, K * h, bias=False)
@@ -449,10 +448,13 @@ class Attention(nn.Module):
         return rotary_embedding(q, cos, sin), rotary_embedding(k, cos, sin), v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
+                cache: LayerCache | None) -> Tensor:  # [B, T, D]
         (q, k, v), mask = self.heads(x, cos, sin), None
-        if kv_cache is not None:
-            k, v, mask = kv_cache.append(self.layer, k, v)  # [B, K, S, h]
+        if cache is not None:
+            k = cache.keys.index_copy_(2, cache.positions, k)  # [B, K, S, h]; fails if they do not fit
+            v = cache.values.index_copy_(2, cache.positions, v)  # [B, K, S, h]
+            if cache.static:
+                mask = torch.arange(k.shape[2], device=k.device) <= cache.positions[:, None]  # [T, S]
         y = grouped_query_attention(q, k, v, mask)  # [B, H, T, h]
         return self.o_proj(y.transpose(1, 2).flatten(2))  # [B, T, H h] -> [B, T, D]
 
@@ -468,16 +470,16 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DanubeConfig, layer: int):
+    def __init__(self, config: DanubeConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor,
-                kv_cache: KVCache | None) -> Tensor:  # [B, T, D]
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv_cache)  # [B, T, D]
+                cache: LayerCache | None) -> Tensor:  # [B, T, D]
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)  # [B, T, D]
         return x + self.mlp(self.post_attention_layernorm(x))  # [B, T, D]
 
 class Decoder(nn.Module):
@@ -486,7 +488,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
 
     def forward(self, input_ids: Tensor, kv_cache: KVCache | None = None) -> Tensor:  # [B, T] -> [B, T, D]
@@ -495,8 +497,8 @@ class Decoder(nn.Module):
             positions = kv_cache.positions
         cos, sin = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         x = self.embed_tokens(input_ids).to(self.norm.weight.dtype)  # [B, T, D]
-        for layer in self.layers:
-            x = layer(x, cos, sin, kv_cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, kv_cache and kv_cache.layer(i))
         return self.norm(x)
 
 # For more tokens than this [ours] (0.5 GB of fp32 logits) the loss computes them in parts, and

@@ -1,12 +1,14 @@
 """What the programs share: their command lines, devices and processes, errors in one line."""
 
 import argparse
+import copy
 import io
 import os
 import re
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NoReturn
@@ -14,9 +16,10 @@ from typing import Any, NoReturn
 import safetensors
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 import danube3
-from danube3 import DanubeError, require
+from danube3 import DanubeError
 
 
 class Arguments(argparse.ArgumentParser):
@@ -64,19 +67,64 @@ def shall_compile(wish: bool | None, device: torch.device, config: danube3.Danub
         return device.type == "cuda" and danube3.count_parameters(config) > 10**8 and danube3.has_compiler()
     return wish
 
+class GraphedStep:
+    """The pass of one token as a **CUDA graph**, which starts all kernels at once. It reads and writes the
+    memory with which it was recorded. So each cache needs its own, and so does each number of positions."""
+    def __init__(self, model: danube3.Danube3):
+        self.model = model
+        self.graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # as long as their caches live
+
+    def record(self, input_ids: Tensor, kv_cache: danube3.KVCache) -> tuple[Tensor, Tensor, Tensor, Any]:
+        input_ids, kv_cache.positions = input_ids.clone(), kv_cache.positions.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles
+            self.model.last_logits(input_ids, kv_cache)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+            logits = self.model.last_logits(input_ids, kv_cache)
+        return input_ids, kv_cache.positions, logits, graph
+
+    def __call__(self, input_ids: Tensor, kv_cache: danube3.KVCache) -> Tensor:  # [1, 1] -> [1, V]
+        graphs = self.graphs.setdefault(kv_cache, {})
+        if kv_cache.size not in graphs:
+            graphs[kv_cache.size] = self.record(input_ids, kv_cache)
+        its_ids, its_positions, logits, graph = graphs[kv_cache.size]
+        its_ids.copy_(input_ids)
+        its_positions.copy_(kv_cache.positions)
+        graph.replay()
+        return logits
+
+class VectorProduct(nn.Module):
+    """A linear layer for one token. Compiled, such a loop reads the weights faster than kernels for products
+    of matrices do, and stores no dequantized weights."""
+    def __init__(self, linear: Any):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
+        if isinstance(self.linear, danube3.QuantizedLinear):
+            y = danube3.int8_matvec(x.flatten(), self.linear.weight_packed, self.linear.weight_scale)
+        else:
+            y = (x.flatten().float() * self.linear.weight).sum(-1)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
 def compile_decoding(model: danube3.Danube3) -> None:
-    """Compile the pass of one token. A **CUDA graph** starts all its kernels at once."""
-    options: Any = None
-    if model.device.type == "cuda":  # the second fuses dequantization with products
-        options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+    """Compile the pass of one token. All layers share the result. What is compiled is a copy of the modules,
+    with the same weights: prompts, which have any length, go through `model` as it is."""
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for name, module in list(twin.named_modules()):
+        plain = isinstance(module, nn.Linear) and "lora_" not in name
+        if plain or getattr(module, "bits", 4) == 8:  # 4 bits have a kernel
+            twin.set_submodule(name, VectorProduct(module))
     torch._dynamo.config.recompile_limit = 64  # one for each power of two
-    model.compiled_step = torch.compile(model.last_logits, fullgraph=True, dynamic=False, options=options)
+    for module in (*twin.model.layers, twin.model.norm, twin.lm_head):
+        module.compile(fullgraph=True, dynamic=False)
+    model.compiled_step = GraphedStep(twin) if model.device.type == "cuda" else twin.last_logits
 
 def prepare_decoding(model: danube3.Danube3, wish: bool | None) -> None:
     """Compile the pass of one token, if that is wished, or likely to pay."""
-    quantized = any(isinstance(module, danube3.QuantizedLinear) for module in model.modules())
-    require(not (wish and quantized and model.device.type == "cpu"),
-            "on CPUs quantized models have compiled functions of their own: leave out --compile")
     if shall_compile(wish, model.device, model.config):
         print("compilation delays the first token, and tokens 257, 513, ..; --no-compile starts at once",
               file=sys.stderr)

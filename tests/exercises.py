@@ -360,9 +360,9 @@ def rolling_cache(danube3):
     """A cache that never grows.
 
     Write a class RollingCache(config, batch_size, window, dtype, device) that a model can use like KVCache, one token
-    at a time. `length` counts all tokens seen (next_logits moves it). `append` returns the keys and values of the last
-    `window` tokens, the new one among them (of all tokens, while they are fewer), and the cache holds no more than
-    those. More than one token at a time is refused with a DanubeError.
+    at a time. `length` counts all tokens seen (next_logits moves it). `layer` returns a LayerCache with the keys and
+    values of the last `window` tokens, or a place for the new one among them (of all tokens, while they are fewer), and
+    the cache holds no more than those. More than one token at a time is refused with a DanubeError.
     Hint: token n can overwrite token n - window. Does attention depend on the order of its keys?
     Observe: write a loop that generates with it, past max_position_embeddings. What is lost, and what is not?
     """
@@ -383,7 +383,7 @@ def rolling_cache(danube3):
         need_close(hidden, expected[:, t], f"token {t} does not attend to just the last {window} tokens")
     held = sum(x.numel() for x in tensors_in(vars(cache)) if x.is_floating_point())
     need(held <= 3 * 2 * 2 * 2 * window * 10, f"the cache holds {held} numbers, more than those of {window} tokens")
-    need(refuses(danube3, cache.append, 0, *torch.zeros(2, 2, 2, 3, 10).double()), "three tokens should be refused")
+    need(refuses(danube3, cache.next_positions, 3), "three tokens should be refused")
 
 
 # ----------------------------------------------------------------------------------------------------------- 5 Sampling

@@ -70,15 +70,15 @@ class RollingCache:
         self.kv = torch.zeros(config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, window,
                               config.head_dim, dtype=dtype, device=device)
 
-    def append(self, layer, k, v):
-        if k.shape[2] != 1:
-            raise DanubeError("a rolling cache takes one token at a time")
-        place, end = self.length % self.window, min(self.length + 1, self.window)
-        self.kv[layer, 0, :, :, place], self.kv[layer, 1, :, :, place] = k[:, :, 0], v[:, :, 0]
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end], None
-
     def next_positions(self, count, static=False):
-        self.positions = torch.arange(self.length, self.length + count, device=self.kv.device)
+        if count != 1:
+            raise DanubeError("a rolling cache takes one token at a time")
+        self.positions = torch.tensor([self.length], device=self.kv.device)
+
+    def layer(self, i):
+        place, end = self.length % self.window, min(self.length + 1, self.window)
+        keys, values = self.kv[i, :, :, :, :end]
+        return LayerCache(keys, values, torch.tensor([place], device=self.kv.device), static=False)
 """)],
     "min-p": [
         ("top_p: float = 1.0) -> Tensor:", "top_p: float = 1.0, min_p: float = 0.0) -> Tensor:"),

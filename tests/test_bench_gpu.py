@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 
 import bench_gpu
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +49,23 @@ def test_a_fault_stops_only_its_own_part(tmp_path):
         before, fault = parts[name]["rows"]  # what was measured before the fault is kept
         assert before["value"] == 1 and fault["ok"] is False and fault["note"] == note
         assert note in result.stdout
+
+
+def test_a_stopped_run_keeps_its_rows(tmp_path):
+    command = [sys.executable, "tests/bench_gpu.py", "--tiny", "--json", str(tmp_path / "gpu.json"), "--only", "sleeps"]
+    process = subprocess.Popen(
+        [*command, "--only", "ceilings"], cwd=ROOT, env={**os.environ, "BENCH_GPU_FAULTS": "1", "TMPDIR": str(tmp_path)}
+    )
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob("*/sleeps.rows")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)  # the second row
+    process.terminate()
+    assert process.wait(60) == 1
+    parts = parts_of(tmp_path / "gpu.json")
+    assert list(parts) == ["sleeps"]
+    before, fault = parts["sleeps"]["rows"]
+    assert before["value"] == 1 and fault["ok"] is False and fault["note"] == bench_gpu.STOPPED
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,10 +1,13 @@
 """Model and generation against transformers, and the properties that no rewrite may break."""
 
 import dataclasses
+import gc
 import types
+import unittest.mock
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 from conftest import TINY, random_model, transformers_model
 
 import danube3
@@ -329,9 +332,10 @@ def test_static_shapes_change_nothing():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not danube3.has_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("bits", [0, 8, 4])
-def test_compiled_decoding_is_plain_decoding(bits):
-    """One graph for each power of two, no break, the same tokens; also for another sequence, and quantized."""
+@pytest.mark.parametrize("bits, rank", [(0, 0), (8, 0), (4, 0), (0, 2), (8, 2)])
+def test_compiled_decoding_is_plain_decoding(bits, rank):
+    """One graph of all layers for each power of two, no break, the same tokens; also for another sequence, quantized,
+    and with adapters. Prompts are not compiled."""
     config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=64, head_dim=16, max_position_embeddings=600)
     model, prompts = random_model(config), torch.randint(3, 330, (2, 250))
     for name, linear in list(model.named_modules()):
@@ -340,10 +344,16 @@ def test_compiled_decoding_is_plain_decoding(bits):
             quantized = danube3.QuantizedLinear(linear.out_features, linear.in_features, bits)
             quantized.load_state_dict({"weight_packed": danube3.pack(codes, bits), "weight_scale": scales})
             model.set_submodule(name, quantized)
+    if rank:
+        danube3.add_lora(model, rank, seed=0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data.normal_(std=0.1)
     model.stop_ids = []
     expected = danube3.generate(model, prompts[:1], 15), danube3.generate(model, prompts[1:], 3)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    addresses = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     cli.compile_decoding(model)
     assert torch.equal(danube3.generate(model, prompts[:1], 15), expected[0])
     assert torch.equal(danube3.generate(model, prompts[1:], 3), expected[1])
@@ -353,9 +363,60 @@ def test_compiled_decoding_is_plain_decoding(bits):
             model.next_logits(prompts[:1, : length - 1], cache)
         danube3.generate(model, prompts[:1, :length], 2, kv_cache=cache)
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 4 and not counters["graph_break"]  # two of layers, norm, head
     assert danube3.generate(model, prompts, 3).shape == (2, 253)  # several sequences: not compiled
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 4
+    assert addresses == {name: weight.data_ptr() for name, weight in model.state_dict().items()}
+    twin = model.compiled_step.__self__
+    assert twin is not model and {weight.data_ptr() for weight in twin.state_dict().values()} == {*addresses.values()}
+
+
+class RecordedOperations(torch.utils._python_dispatch.TorchDispatchMode):
+    """What a CUDA graph is, for a CPU: the operations between __enter__ and __exit__, on the memory that they had."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for function, args, kwargs, result in self.operations:
+            if not function.is_view:
+                again = function(*args, **kwargs)
+                for old, new in zip(*map(torch.utils._pytree.tree_leaves, (result, again))):
+                    if isinstance(old, torch.Tensor) and old is not new:
+                        old.copy_(new)
+
+
+def test_a_cuda_graph_is_recorded_for_each_cache_and_size(monkeypatch):
+    for name, fake in (("CUDAGraph", RecordedOperations), ("graph", lambda graph: graph)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("Stream", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, unittest.mock.MagicMock())
+    config = dataclasses.replace(TINY, max_position_embeddings=600)
+    model, prompts = random_model(config), torch.randint(3, 330, (3, 253))
+    model.stop_ids = []
+    expected = [danube3.generate(model, prompt[None], 8) for prompt in prompts]
+    model.compiled_step = step = cli.GraphedStep(random_model(config))
+    caches = [danube3.KVCache(config, 1, 600, torch.float32, prompts.device) for _ in prompts]
+    started = [danube3.generate_tokens(model, prompt[None], 8, kv_cache=each) for prompt, each in zip(prompts, caches)]
+    found = [torch.stack(tokens, 1) for tokens in zip(*zip(*started))]  # in turns
+    for prompt, tokens, right in zip(prompts, found, expected):
+        assert torch.equal(torch.cat((prompt[None], tokens), 1), right)
+    assert [sorted(graphs) for graphs in step.graphs.values()] == [[256, 512]] * 3
+    cache = caches.pop()
+    with torch.no_grad():  # logits that a user keeps are not overwritten
+        first = model.next_logits(prompts[:1, :1], cache)
+        kept = first.clone()
+        model.next_logits(prompts[:1, 1:2], cache)
+    assert torch.equal(first, kept)
+    del cache, started
+    gc.collect()
+    assert len(step.graphs) == 2
 
 
 def test_the_kind_of_gpu_is_a_constant_of_compiled_code(monkeypatch):
@@ -380,25 +441,6 @@ def test_a_norm_casts_once_under_autocast():
         assert seen[attention + "q_proj"] is seen[attention + "k_proj"] is seen[attention + "v_proj"]
         assert seen[mlp + "gate_proj"] is seen[mlp + "up_proj"]
         assert {seen[name].dtype for name in seen} == {dtype}
-
-
-def test_the_cache_stays_where_it_is_for_a_cuda_graph():
-    """Inputs that a compiled pass changes must be marked, or no CUDA graph is made. Only the token and its position
-    come from another place each time."""
-    model, kinds = random_model(TINY), []
-
-    def backend(graph, inputs):
-        for node in graph.graph.nodes:
-            if node.op == "placeholder":
-                tensor = node.meta["tensor_dict"]
-                kinds.append(tensor.get("_dynamo_static_input_type"))
-        return graph
-
-    torch._dynamo.reset()
-    model.compiled_step = torch.compile(model.last_logits, fullgraph=True, dynamic=False, backend=backend)
-    danube3.generate(model, torch.randint(3, 330, (1, 5)), 4)
-    weights = len(list(model.parameters()))
-    assert kinds.count("unguarded") == weights + 2 * TINY.num_hidden_layers and kinds.count(None) == 2
 
 
 @pytest.mark.parametrize(
