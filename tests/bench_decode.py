@@ -1,7 +1,8 @@
 """How fast is one token? `python tests/bench_decode.py` compares decoding with llama.cpp, with a random 500m.
 
-Batch 1, alternating rounds of 32 tokens after a prompt of 8: our int8 and int4 folders, the GGUF files exported from
-them in llama.cpp (`pip install llama-cpp-python`), and transformers' `generate` in bf16. Ratios are what counts.
+Batch 1, alternating rounds of 32 tokens after a prompt of 8: our bf16, int8 and int4 folders, as they are and with
+--compile, the GGUF files exported from them in llama.cpp (`pip install llama-cpp-python`), and transformers' `generate`
+in bf16. Ratios are what counts.
 The folders (2 GB) are made once, in --out.
 """
 
@@ -97,12 +98,12 @@ def main():
     threads = torch.get_num_threads()
     loops = {
         "llama.cpp Q8_0": lambda: llama_cpp_decoder(args.out / "int8.gguf", threads),
-        "danube3 int8": lambda: ours(args.out / "int8", False),
         "llama.cpp Q4_0": lambda: llama_cpp_decoder(args.out / "int4.gguf", threads),
-        "danube3 int4": lambda: ours(args.out / "int4", False),
-        "danube3 int4, whole pass compiled": lambda: ours(args.out / "int4", True),
         "transformers": lambda: transformers_decoder(args.out / "bf16"),
     }
+    for kind in ("bf16", "int8", "int4"):
+        loops[f"danube3 {kind}"] = lambda kind=kind: ours(args.out / kind, False)
+        loops[f"danube3 {kind}, compiled"] = lambda kind=kind: ours(args.out / kind, True)
     loops = {name: make() for name, make in loops.items() if name.split()[0] not in args.skip}
     speeds = {name: [] for name in loops}
     for loop in loops.values():
@@ -112,8 +113,8 @@ def main():
             speeds[name].append(loop())
     print(f"{args.config}, batch 1, {threads} threads, {args.rounds} rounds: median tokens/s, and the median ratio")
     for name, values in speeds.items():
-        bits = "llama.cpp Q8_0" if "int8" in name else "llama.cpp Q4_0"
-        against = [other for other in (bits, "transformers") if name.startswith("danube3") and other in speeds]
+        equal = {"int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}.get(name[8:12])
+        against = [other for other in (equal, "transformers") if name.startswith("danube3") and other in speeds]
         ratios = ", ".join(
             f"{statistics.median(a / b for a, b in zip(values, speeds[other], strict=True)):.2f}x {other}"
             for other in against
