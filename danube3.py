@@ -400,7 +400,7 @@ class KVCache:
     All layers write to the same positions, so next_logits moves it once, after the last layer."""
     def __init__(self, config: DanubeConfig, batch_size: int, max_length: int, dtype: torch.dtype,
                  device: torch.device):
-        self.length, self.static = 0, False
+        self.length = 0
         shape = batch_size, config.num_key_value_heads, max_length, config.head_dim
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = list(map(torch.zeros_like, self.keys))
@@ -408,11 +408,12 @@ class KVCache:
     def next_positions(self, count: int, static: bool = False) -> None:
         """Make room for `count` tokens, before each pass. Compiled code fits one shape, so with
         **static shapes** attention reads a power of two of positions, and a mask hides empty ones."""
-        end = self.length + count
+        end, max_length = self.length + count, self.keys[0].shape[2]
+        require(end <= max_length, f"{end:,} tokens do not fit into a cache of {max_length:,}")
         self.positions = torch.arange(self.length, end, device=self.keys[0].device)  # [T]
         self.size, self.static = end, static
         if static:
-            self.size = min(self.keys[0].shape[2], max(256, 1 << (end - 1).bit_length()))  # [ours]
+            self.size = min(max_length, max(256, 1 << (end - 1).bit_length()))  # [ours]
 
     def layer(self, i: int) -> LayerCache:
         keys, values = self.keys[i][:, :, :self.size], self.values[i][:, :, :self.size]
@@ -451,7 +452,7 @@ class Attention(nn.Module):
                 cache: LayerCache | None) -> Tensor:  # [B, T, D]
         (q, k, v), mask = self.heads(x, cos, sin), None
         if cache is not None:
-            k = cache.keys.index_copy_(2, cache.positions, k)  # [B, K, S, h]; fails if they do not fit
+            k = cache.keys.index_copy_(2, cache.positions, k)  # [B, K, S, h]
             v = cache.values.index_copy_(2, cache.positions, v)  # [B, K, S, h]
             if cache.static:
                 mask = torch.arange(k.shape[2], device=k.device) <= cache.positions[:, None]  # [T, S]
@@ -561,8 +562,8 @@ class Danube3(nn.Module):
     def next_logits(self, input_ids: Tensor, kv_cache: KVCache) -> Tensor:  # [B, T] -> [B, V]
         static = self.compiled_step is not None and input_ids.shape == (1, 1)
         kv_cache.next_positions(input_ids.shape[1], static)
-        if static:  # one layout, or it is compiled again; CUDA graphs overwrite outputs
-            logits = self.compiled_step(input_ids.view(1)[:, None], kv_cache).clone()
+        if static:
+            logits = self.compiled_step(input_ids.view(1)[:, None], kv_cache)  # one layout, one compilation
         else:
             logits = self.last_logits(input_ids, kv_cache)
         kv_cache.length += input_ids.shape[1]

@@ -258,8 +258,7 @@ def dequantize_model(model: Danube3) -> Danube3:
 
 def compile_model(model: Danube3) -> None:
     """torch.compile fuses small operations of a decoder layer (all share the result) and of the loss."""
-    if not danube3.has_compiler():
-        print("no C++ compiler found (or Triton, for GPUs): going on without --compile")
+    if not cli.can_compile():
         return
     torch.compiler.assume_constant_result(danube3.is_recent_gpu)  # asked for, not traced
     for layer in model.model.layers:

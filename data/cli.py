@@ -50,6 +50,8 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise DanubeError(f"device {name!r} is not available ({torch.cuda.device_count()} GPUs are): use "
                           "--device auto, and one process per GPU") from error
+    if zero.is_cuda:
+        torch.cuda.set_device(zero.device)  # CUDA graphs are recorded on the current device
     return zero.device
 
 def pick_dtype(wish: str, device: torch.device, config: danube3.DanubeConfig, plan: bool = False) -> str:
@@ -75,10 +77,11 @@ class GraphedStep:
         self.graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # as long as their caches live
 
     def record(self, input_ids: Tensor, kv_cache: danube3.KVCache) -> tuple[Tensor, Tensor, Tensor, Any]:
+        # The graph reads these two, whatever is in them when it is replayed.
         input_ids, kv_cache.positions = input_ids.clone(), kv_cache.positions.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles
+        with torch.cuda.stream(stream):  # compiles, and loads libraries: not possible while recording
             self.model.last_logits(input_ids, kv_cache)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
@@ -93,7 +96,7 @@ class GraphedStep:
         its_ids.copy_(input_ids)
         its_positions.copy_(kv_cache.positions)
         graph.replay()
-        return logits
+        return logits.clone()  # the next replay overwrites them
 
 class VectorProduct(nn.Module):
     """A linear layer for one token. Compiled, such a loop reads the weights faster than kernels for products
@@ -103,7 +106,7 @@ class VectorProduct(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:  # [.., in] -> [.., out]
-        if isinstance(self.linear, danube3.QuantizedLinear):
+        if isinstance(self.linear, danube3.QuantizedLinear) and self.linear.bits == 8:
             y = danube3.int8_matvec(x.flatten(), self.linear.weight_packed, self.linear.weight_scale)
         else:
             y = (x.flatten().float() * self.linear.weight).sum(-1)
@@ -111,23 +114,32 @@ class VectorProduct(nn.Module):
 
 def compile_decoding(model: danube3.Danube3) -> None:
     """Compile the pass of one token. All layers share the result. What is compiled is a copy of the modules,
-    with the same weights: prompts, which have any length, go through `model` as it is."""
+    with the same weights: prompts, which have any length, go through `model` as it is. Call this last: later
+    adapters, or tensors put in place of others, are not seen."""
+    model.compiled_step = None  # not to be copied
     tensors = (*model.parameters(), *model.buffers())
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name, module in list(twin.named_modules()):
-        plain = isinstance(module, nn.Linear) and "lora_" not in name
-        if plain or getattr(module, "bits", 4) == 8:  # 4 bits have a kernel
+        loop = isinstance(module, nn.Linear) and "lora_" not in name
+        if isinstance(module, danube3.QuantizedLinear):
+            loop = module.bits == 8 or not module.fast  # at 4 bits PyTorch's kernel is as fast
+        if loop:
             twin.set_submodule(name, VectorProduct(module))
-    torch._dynamo.config.recompile_limit = 64  # one for each power of two
+    torch._dynamo.config.recompile_limit = 64  # for each power of two, kind of layer and length of a cache
     for module in (*twin.model.layers, twin.model.norm, twin.lm_head):
         module.compile(fullgraph=True, dynamic=False)
     model.compiled_step = GraphedStep(twin) if model.device.type == "cuda" else twin.last_logits
 
+def can_compile() -> bool:
+    if not danube3.has_compiler():
+        print("no C++ compiler found (or Triton, for GPUs): going on without --compile", file=sys.stderr)
+    return danube3.has_compiler()
+
 def prepare_decoding(model: danube3.Danube3, wish: bool | None) -> None:
     """Compile the pass of one token, if that is wished, or likely to pay."""
-    if shall_compile(wish, model.device, model.config):
-        print("compilation delays the first token, and tokens 257, 513, ..; --no-compile starts at once",
-              file=sys.stderr)
+    if shall_compile(wish, model.device, model.config) and can_compile():
+        print("compilation delays the first token, and tokens 257, 513, 1,025, ..; --no-compile starts "
+              "at once", file=sys.stderr)
         compile_decoding(model)
 
 def join_processes(device: torch.device) -> None:

@@ -113,8 +113,9 @@ def main():
             speeds[name].append(loop())
     print(f"{args.config}, batch 1, {threads} threads, {args.rounds} rounds: median tokens/s, and the median ratio")
     for name, values in speeds.items():
-        equal = {"int8": "llama.cpp Q8_0", "int4": "llama.cpp Q4_0"}.get(name[8:12])
-        against = [other for other in (equal, "transformers") if name.startswith("danube3") and other in speeds]
+        kind = name.removeprefix("danube3 ").removesuffix(", compiled")
+        rivals = {"bf16": [], "int8": ["llama.cpp Q8_0"], "int4": ["llama.cpp Q4_0"]}.get(kind)
+        against = [other for other in [*rivals, "transformers"] if other in speeds] if rivals is not None else []
         ratios = ", ".join(
             f"{statistics.median(a / b for a, b in zip(values, speeds[other], strict=True)):.2f}x {other}"
             for other in against

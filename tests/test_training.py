@@ -713,8 +713,10 @@ def test_nothing_is_compiled_where_there_is_no_compiler(monkeypatch, capsys):
     monkeypatch.setattr(danube3, "has_compiler", lambda: False)
     model = random_model(TINY)
     train.compile_model(model)
-    assert "no C++ compiler found" in capsys.readouterr().out
+    assert "no C++ compiler found" in capsys.readouterr().err
     assert model.block_loss.__func__ is danube3.Danube3.block_loss
+    cli.prepare_decoding(model, True)
+    assert "no C++ compiler found" in capsys.readouterr().err and model.compiled_step is None
 
 
 def test_lengths_on_a_gpu_are_multiples_of_64(monkeypatch):
