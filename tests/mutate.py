@@ -41,10 +41,11 @@ TARGETS = """rms_norm rotary_table rotary_embedding grouped_query_attention swig
     read_examples is_labelled task_of write_probabilities adapter_base find_checkpoint
     sync locked verify_checksums read_config read_stop_ids read_tokenizer require_weights read_weights load_adapters
     load_checkpoint cut text_rows documents_of Source encode encode_all spool select write_shards
-    tokens_needed""".split()
-MODULES = "danube3 train sample quantize data.read data.cli data.classify data.prepare".split()  # which hold them
+    tokens_needed pick_device GraphedStep VectorProduct compile_decoding prepare_decoding measure_decoding
+    fit rate play""".split()
+MODULES = "danube3 train sample quantize data.read data.cli data.classify data.prepare data.arena".split()
 FILES = """building_blocks twins model data config tokenizer training checkpoint field chat quantize prepare
-    classify""".split()
+    classify arena""".split()
 FAST_TESTS = [f"tests/test_{name}.py" for name in FILES]
 SLOW = """published 4b twenty fifty command kill interrupt resum overwritten flags finite compiled validation
     micro_batch_size_may sample plan pipe ctrl fp16 half_precision peft warm cannot help scores cache_of_one

@@ -331,6 +331,49 @@ def test_static_shapes_change_nothing():
     assert cache.size == 600
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_one_token_as_a_loop_is_the_linear_layer(bits, dtype):
+    linear, x = torch.nn.Linear(64, 40, bias=False), torch.randn(1, 1, 64).to(dtype)
+    exact = x.double() @ linear.weight.detach().double().T
+    if bits < 16:
+        codes, scales = danube3.round_to_nearest(linear.weight.detach(), bits)
+        linear = danube3.QuantizedLinear(40, 64, bits)
+        linear.load_state_dict({"weight_packed": danube3.pack(codes, bits), "weight_scale": scales})
+        exact = x.double() @ linear.weight.double().T
+    with torch.no_grad():
+        for shape in ((1, 1, 64), (1, 64)):
+            y = cli.VectorProduct(linear)(x.view(shape))
+            assert y.shape == (*shape[:-1], 40) and y.dtype == dtype
+            tolerance = {torch.float32: 2e-6, torch.bfloat16: 5e-3}[dtype]
+            torch.testing.assert_close(y.double().flatten(), exact.flatten(), rtol=tolerance, atol=tolerance)
+
+
+def test_what_becomes_a_loop():
+    """All linear layers but the small matrices of adapters, and layers of 4 bits that have PyTorch's kernel."""
+    config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=64, head_dim=16)
+    model = random_model(config)
+    for name, bits, fast in (("q_proj", 8, False), ("k_proj", 4, True), ("v_proj", 4, False)):
+        old = model.get_submodule(f"model.layers.0.self_attn.{name}")
+        quantized = danube3.QuantizedLinear(old.out_features, old.in_features, bits)
+        quantized.fast = fast
+        model.set_submodule(f"model.layers.0.self_attn.{name}", quantized)
+    danube3.add_lora(model, 2, seed=0)
+    before = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
+    cli.compile_decoding(model)
+    step = model.compiled_step
+    cli.compile_decoding(model)
+    assert model.compiled_step is not step and before == {
+        name: weight.data_ptr() for name, weight in model.state_dict().items()
+    }
+    twin = model.compiled_step.__self__
+    loops = {name.removesuffix(".base_layer") for name, each in twin.named_modules() if type(each) is cli.VectorProduct}
+    layers = {name for name, _ in model.named_modules() if name.endswith("_proj")} | {"lm_head"}
+    assert loops == layers - {"model.layers.0.self_attn.k_proj"}
+    assert not any(isinstance(each, cli.VectorProduct) for each in model.modules())
+    assert {weight.data_ptr() for weight in twin.state_dict().values()} == {*before.values()}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not danube3.has_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("bits, rank", [((), 0), ((8,), 0), ((4,), 0), ((4, 8), 0), ((), 2), ((8,), 2)])
