@@ -77,8 +77,8 @@ class GraphedStep:
         self.graphs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # as long as their caches live
 
     def record(self, input_ids: Tensor, kv_cache: danube3.KVCache) -> tuple[Tensor, Tensor, Tensor, Any]:
-        # The graph reads these two, whatever is in them when it is replayed.
-        input_ids, kv_cache.positions = input_ids.clone(), kv_cache.positions.clone()
+        # The graph will read these memories, whatever is in them then. The user's ids stay as they are.
+        input_ids, positions = input_ids.clone(), kv_cache.positions
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and loads libraries: not possible while recording
@@ -86,7 +86,7 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
             logits = self.model.last_logits(input_ids, kv_cache)
-        return input_ids, kv_cache.positions, logits, graph
+        return input_ids, positions, logits, graph
 
     def __call__(self, input_ids: Tensor, kv_cache: danube3.KVCache) -> Tensor:  # [1, 1] -> [1, V]
         graphs = self.graphs.setdefault(kv_cache, {})

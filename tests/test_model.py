@@ -349,11 +349,21 @@ def test_one_token_as_a_loop_is_the_linear_layer(bits, dtype):
             torch.testing.assert_close(y.double().flatten(), exact.flatten(), rtol=tolerance, atol=tolerance)
 
 
+def test_the_loop_adds_exact_products():
+    """Rounded to bf16, these products would lose what is left when they cancel."""
+    linear, x = torch.nn.Linear(64, 40, bias=False).bfloat16(), torch.randn(1, 32).bfloat16()
+    linear.weight.data[:, 32:] = -linear.weight.data[:, :32]
+    x = torch.cat((x, x * 1.0078125), dim=1)
+    exact = x.double() @ linear.weight.detach().double().T
+    found = cli.VectorProduct(linear)(x).detach().double()
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
 def test_what_becomes_a_loop():
     """All linear layers but the small matrices of adapters, and layers of 4 bits that have PyTorch's kernel."""
     config = dataclasses.replace(TINY, hidden_size=32, intermediate_size=64, head_dim=16)
     model = random_model(config)
-    for name, bits, fast in (("q_proj", 8, False), ("k_proj", 4, True), ("v_proj", 4, False)):
+    for name, bits, fast in (("q_proj", 8, True), ("k_proj", 4, True), ("v_proj", 4, False)):
         old = model.get_submodule(f"model.layers.0.self_attn.{name}")
         quantized = danube3.QuantizedLinear(old.out_features, old.in_features, bits)
         quantized.fast = fast
@@ -367,6 +377,7 @@ def test_what_becomes_a_loop():
         name: weight.data_ptr() for name, weight in model.state_dict().items()
     }
     twin = model.compiled_step.__self__
+    assert twin.compiled_step is None
     loops = {name.removesuffix(".base_layer") for name, each in twin.named_modules() if type(each) is cli.VectorProduct}
     layers = {name for name, _ in model.named_modules() if name.endswith("_proj")} | {"lm_head"}
     assert loops == layers - {"model.layers.0.self_attn.k_proj"}
@@ -415,6 +426,10 @@ def test_compiled_decoding_is_plain_decoding(bits, rank):
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
     assert danube3.generate(model, prompts, 3).shape == (2, 253)  # several sequences: not compiled
     assert counters["stats"]["unique_graphs"] == graphs
+    cache.length = 520
+    with torch.no_grad():
+        model.next_logits(prompts[:1, :1], cache)
+    assert counters["stats"]["unique_graphs"] == graphs + max(1, len(bits))  # shapes stay constants
     assert addresses == {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     twin = model.compiled_step.__self__
     assert twin is not model and {weight.data_ptr() for weight in twin.state_dict().values()} == {*addresses.values()}
@@ -467,19 +482,22 @@ def test_a_cuda_graph_is_recorded_for_each_cache_and_size(monkeypatch):
     model.stop_ids = []
     expected = [danube3.generate(model, prompt[None], 8) for prompt in prompts]
     model.compiled_step = step = cli.GraphedStep(random_model(config))
+    passes, last_logits = [], step.model.last_logits
+    monkeypatch.setattr(step.model, "last_logits", lambda *args: passes.append(1) or last_logits(*args))
     caches = [danube3.KVCache(config, 1, 600, torch.float32, prompts.device) for _ in prompts]
     started = [danube3.generate_tokens(model, prompt[None], 8, kv_cache=each) for prompt, each in zip(prompts, caches)]
     found = [torch.stack(tokens, 1) for tokens in zip(*zip(*started))]  # in turns
     for prompt, tokens, right in zip(prompts, found, expected):
         assert torch.equal(torch.cat((prompt[None], tokens), 1), right)
     assert [sorted(graphs) for graphs in step.graphs.values()] == [[256, 512]] * 3
-    cache = caches.pop()
-    with torch.no_grad():  # logits that a user keeps are not overwritten
-        first = model.next_logits(prompts[:1, :1], cache)
+    assert len(passes) == 2 * 6  # once before each recording, in which nothing can be compiled
+    cache, ids = danube3.KVCache(config, 1, 600, torch.float32, prompts.device), prompts.clone()
+    with torch.no_grad():  # neither logits that a user keeps are overwritten, nor the ids
+        first = model.next_logits(ids[:1, :1], cache)
         kept = first.clone()
-        model.next_logits(prompts[:1, 1:2], cache)
-    assert torch.equal(first, kept)
-    del cache, started
+        model.next_logits(ids[:1, 1:2], cache)
+    assert torch.equal(first, kept) and torch.equal(ids, prompts) and len(step.graphs) == 4
+    del cache, caches[0], started
     gc.collect()
     assert len(step.graphs) == 2
 
