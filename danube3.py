@@ -387,11 +387,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 # each output vector into V **logits**, a score for each next token.
 
 class LayerCache(NamedTuple):
-    """What one layer reads, and where it writes."""
+    """One layer's part of a KVCache."""
     keys: Tensor       # [B, K, S, h]
     values: Tensor     # [B, K, S, h]
-    positions: Tensor  # [T]
-    static: bool
+    positions: Tensor  # [T], where new ones go
+    static: bool       # whether later positions are empty: see next_positions
 
 class KVCache:
     """Keys (rotated) and values of all tokens so far, each computed once.
@@ -563,7 +563,8 @@ class Danube3(nn.Module):
         static = self.compiled_step is not None and input_ids.shape == (1, 1)
         kv_cache.next_positions(input_ids.shape[1], static)
         if static:
-            logits = self.compiled_step(input_ids.view(1)[:, None], kv_cache)  # one layout, one compilation
+            # A view of other strides would be compiled again.
+            logits = self.compiled_step(input_ids.view(1)[:, None], kv_cache)
         else:
             logits = self.last_logits(input_ids, kv_cache)
         kv_cache.length += input_ids.shape[1]

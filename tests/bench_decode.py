@@ -113,12 +113,13 @@ def main():
             speeds[name].append(loop())
     print(f"{args.config}, batch 1, {threads} threads, {args.rounds} rounds: median tokens/s, and the median ratio")
     for name, values in speeds.items():
-        kind = name.removeprefix("danube3 ").removesuffix(", compiled")
-        rivals = {"bf16": [], "int8": ["llama.cpp Q8_0"], "int4": ["llama.cpp Q4_0"]}.get(kind)
-        against = [other for other in [*rivals, "transformers"] if other in speeds] if rivals is not None else []
+        rivals = ["transformers"] if name.startswith("danube3") else []
+        rivals += ["llama.cpp Q8_0"] if name.startswith("danube3 int8") else []
+        rivals += ["llama.cpp Q4_0"] if name.startswith("danube3 int4") else []
         ratios = ", ".join(
             f"{statistics.median(a / b for a, b in zip(values, speeds[other], strict=True)):.2f}x {other}"
-            for other in against
+            for other in rivals
+            if other in speeds
         )
         print(f"{name:34}{statistics.median(values):8.1f}   {ratios}")
 
